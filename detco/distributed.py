@@ -1,0 +1,55 @@
+"""Rank, world size and two collectives that are the identity in one process.
+
+Shape legend:
+    N  rows of this process
+    G  rows of all processes, ordered by rank; every process holds the same N
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group with more than one process is running."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Index of this process, in [0, world_size)."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+@torch.no_grad()
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Stack the rows of all processes, rank 0 first. Carries no gradient.
+
+    Collective: every process must call it, with the same shape and dtype.
+
+    Args:
+        rows: Shape (N, ...).
+
+    Returns:
+        Shape (G, ...); `rows` itself in one process.
+    """
+    if not is_distributed():
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+@torch.no_grad()
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` with rank 0's values, in place, and return it.
+
+    Collective: every process must call it, with the same shape and dtype.
+    """
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor

@@ -1,0 +1,65 @@
+"""Fixtures every test may use: real gloo processes, small real JPEGs."""
+
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image, ImageDraw
+
+PHOTO_COUNT = 24
+
+
+def _process_main(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        torch.save(fn(rank, world_size, *args), Path(folder) / f"result_{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_distributed() -> Callable[..., list[Any]]:
+    """`run_distributed(fn, world_size, *args)` runs a module-level fn(rank, world_size, *args) in real gloo processes.
+
+    Returns the results of all ranks, rank 0 first; an exception in any process fails the test with its traceback.
+    """
+
+    def run(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(_process_main, args=(world_size, folder, fn, args), nprocs=world_size, join=True)
+            return [
+                torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)
+            ]
+
+    return run
+
+
+def draw_photo(seed: int) -> Image.Image:
+    """A small scene of coloured shapes, different for each seed."""
+    rng = random.Random(seed)
+    size = (rng.randrange(96, 161), rng.randrange(96, 161))
+    photo = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
+    pen = ImageDraw.Draw(photo)
+    for _ in range(12):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        box = (x, y, x + rng.randrange(8, 60), y + rng.randrange(8, 60))
+        colour = tuple(rng.randrange(256) for _ in range(3))
+        (pen.ellipse if rng.random() < 0.5 else pen.rectangle)(box, fill=colour)
+    return photo
+
+
+@pytest.fixture(scope="session")
+def photo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 24 JPEGs. Read only: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(PHOTO_COUNT):
+        draw_photo(seed).save(folder / f"photo_{seed:03d}.jpg", quality=90)
+    return folder
