@@ -189,7 +189,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Preprocess, d
         )
     if metadata.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {metadata.get('schema')!r}; this version reads {SCHEMA!r}. Use the version that wrote it"
+            f"{path} has schema {metadata.get('schema')!r}; only {SCHEMA!r} is known. Use the version that wrote it"
         )
     records: dict[str, dict[str, Any]] = {}
     for name in ("preprocess", "provenance"):
@@ -201,4 +201,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Preprocess, d
             raise ArtifactError(f"{path}: {name!r} in the header is not JSON: {error}") from error
         if not isinstance(records[name], dict):
             raise ArtifactError(f"{path}: {name!r} in the header is not a JSON object")
-    return Preprocess.from_dict(records["preprocess"]), records["provenance"]
+    try:
+        return Preprocess.from_dict(records["preprocess"]), records["provenance"]
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error

@@ -52,10 +52,11 @@ def convert_stage(method: str, out: Path) -> Stage:
 def transfer_stage(task: str, weights: str, out: Path, num_gpus: int) -> Stage:
     """Fine-tuning and evaluation of one detector from one set of weights."""
     run = out / task / weights
-    path = "" if weights == "random" else str(out / f"{weights}.pkl")
-    command = ["-m", "transfer.train_net", "--config-file", f"configs/transfer/quick/{TASKS[task]}.yaml", "--resume"]
-    command += ["--num-gpus", str(num_gpus), "--datasets-root", str(out / "data"), "--output-dir", str(run)]
-    return Stage(f"{task} from {weights}", run / "results.json", (*command, "MODEL.WEIGHTS", path))
+    init = "random" if weights == "random" else "converted"
+    command = ["-m", "transfer.train_net", "--config-file", f"configs/transfer/quick/{TASKS[task]}_{init}.yaml"]
+    command += ["--resume", "--num-gpus", str(num_gpus), "--datasets-root", str(out / "data"), "--output-dir", str(run)]
+    command += [] if weights == "random" else ["MODEL.WEIGHTS", str(out / f"{weights}.pkl")]
+    return Stage(f"{task} from {weights}", run / "results.json", tuple(command))
 
 
 def plan(out: Path, num_gpus: int) -> list[Stage]:
@@ -125,7 +126,7 @@ These runs are a few hundred tiny images seen for minutes: they show that the ch
 With your own images (any folder of JPEG, PNG or WebP; see README.md)
   detco-pretrain --config-file configs/pretrain/detco_r50_200ep.yaml --num-gpus 8 --output-dir runs/detco DATA.ROOT IMAGES
   convert-to-d2 runs/detco/model.safetensors detco.pkl --verify
-  detco-transfer --config-file configs/transfer/voc/faster_rcnn_c4_24k_converted.yaml --num-gpus 8 \\
+  detco-transfer --config-file configs/transfer/voc/faster_rcnn_r50_c4_24k_converted.yaml --num-gpus 8 \\
       --output-dir runs/voc MODEL.WEIGHTS detco.pkl
   detco-results runs/voc""")
 

@@ -1,0 +1,7 @@
+"""Pretraining methods. `METHODS` is the only list of them: a new one needs its file and one line here."""
+
+from detco.methods.base import Method
+from detco.methods.detco import DetCo
+from detco.methods.moco import MoCoV2
+
+METHODS: dict[str, type[Method]] = {"detco": DetCo, "moco_v2": MoCoV2}

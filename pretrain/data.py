@@ -1,0 +1,279 @@
+"""From a list of images to collated batches: sampling, decoding, workers, and what happens to unreadable files.
+
+Which samples make up a step, and every random parameter of a sample, are functions of (seed, epoch, index) alone, so
+neither the number of workers, nor the number of processes, nor an interruption changes what the network sees.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from detco.views.base import ViewRecipe
+from detco.views.host import decode, sample_generator
+from pretrain.bad_samples import BadSample, BadSampleLog, TooManyBadSamples
+from pretrain.images import ImageList
+
+__all__ = [
+    "BadSample",
+    "BadSampleLog",
+    "Batch",
+    "BatchSampler",
+    "PretrainDataset",
+    "PretrainLoader",
+    "TooManyBadSamples",
+    "WorkerDied",
+    "build_loader",
+]
+
+MAX_UNREADABLE_IN_A_ROW = 2000
+"""How many files are tried for one sample: more than a folder of ImageNet holds, so that one lost folder is survived,
+and few enough that a lost disk is noticed at once."""
+
+PRELOADED_MODULES = ["torch", "torchvision", "pretrain.data"]
+"""What the fork server imports once, so that a worker starts in milliseconds."""
+
+SampleT = TypeVar("SampleT")
+
+
+class Item(NamedTuple):
+    """One sample as a worker makes it.
+
+    Attributes:
+        sample: What the recipe drew, without a batch dimension.
+        asked_index: Position in the image list that was asked for, whether or not that file could be read.
+        bad: Set if that file could not be read.
+    """
+
+    sample: Any
+    asked_index: int
+    bad: BadSample | None
+
+
+class Batch(NamedTuple):
+    """B collated samples of this process.
+
+    Attributes:
+        sample: The recipe's (nested) NamedTuple with a leading B.
+        indices: Positions in the image list that were asked for, int64, shape (B,).
+        bad: One entry per sample that had to be replaced.
+    """
+
+    sample: Any
+    indices: Tensor
+    bad: list[BadSample]
+
+
+class WorkerDied(RuntimeError):
+    """A loader worker ended without an exception of its own: killed, out of memory, or crashed in a decoder."""
+
+
+class BatchSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of each step of this process, from `start_step` to `total_steps`.
+
+    The global batch of a step is a stretch of the epoch's permutation, the same for every world size; this process
+    gets its contiguous slice. What does not fill a batch at the end of an epoch is dropped.
+
+    Attributes:
+        steps_per_epoch: Optimiser steps in one pass over the images.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size_total: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+    ) -> None:
+        """Raise ValueError if no step can be made, or the batch does not divide among the processes."""
+        if batch_size_total < 1 or batch_size_total % world_size:
+            raise ValueError(
+                f"SOLVER.BATCH_SIZE_TOTAL {batch_size_total} does not divide among {world_size} processes; "
+                f"make it a multiple of {world_size}"
+            )
+        if num_images < batch_size_total:
+            raise ValueError(
+                f"{num_images} images do not fill one batch of SOLVER.BATCH_SIZE_TOTAL {batch_size_total}; "
+                f"use more images or a smaller batch"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(f"start_step {start_step} is not in [0, total_steps {total_steps}]")
+        self.num_images = num_images
+        self.steps_per_epoch = num_images // batch_size_total
+        self._batch_size_total = batch_size_total
+        self._batch_size_per_process = batch_size_total // world_size
+        self._rank = rank
+        self._seed = seed
+        self._steps = range(start_step, total_steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_epoch = -1
+        order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        for step in self._steps:
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, self._order(epoch)
+            start = step_in_epoch * self._batch_size_total + self._rank * self._batch_size_per_process
+            yield [(epoch, index) for index in order[start : start + self._batch_size_per_process].tolist()]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        # numpy pads seeds with zeros: (seed, epoch) would be the stream of sample 0. No sample has index num_images.
+        return np.random.default_rng((self._seed, epoch, self.num_images)).permutation(self.num_images)
+
+
+class PretrainDataset(Dataset[Item], Generic[SampleT]):
+    """Reads, decodes and cuts one image per (epoch, index).
+
+    An unreadable file is replaced by the next readable one in the list (wrapping at its end), drawn with the random
+    numbers of the sample that was asked for.
+    """
+
+    def __init__(self, images: ImageList, recipe: ViewRecipe[SampleT, Any], seed: int) -> None:
+        self._images = images
+        self._recipe = recipe
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> Item:
+        """The sample of (epoch, index).
+
+        Raises:
+            TooManyBadSamples: If the next `MAX_UNREADABLE_IN_A_ROW` files cannot be read either.
+        """
+        epoch, index = epoch_and_index
+        image, bad = self._next_readable(index)
+        rng = sample_generator(seed=self._seed, epoch=epoch, index=index)
+        return Item(self._recipe.draw(image, rng), index, bad)
+
+    def _next_readable(self, index: int) -> tuple[Tensor, BadSample | None]:
+        asked = self._images.path(index)
+        reason = ""
+        num_tries = min(MAX_UNREADABLE_IN_A_ROW, len(self))
+        for offset in range(num_tries):
+            path = self._images.path((index + offset) % len(self))
+            try:
+                image = decode(path.read_bytes())
+            except (OSError, ValueError) as error:
+                reason = reason or f"{type(error).__name__}: {error}"
+            else:
+                return image, BadSample(str(asked), reason, used_instead=str(path)) if offset else None
+        raise TooManyBadSamples(
+            f"{num_tries} images in a row cannot be read, the first is {asked} ({reason}); "
+            f"check that {self._images.root} holds whole image files and is reachable from this machine"
+        )
+
+
+def _collate(items: Sequence[Item]) -> Batch:
+    return Batch(
+        sample=default_collate([item.sample for item in items]),
+        indices=torch.tensor([item.asked_index for item in items], dtype=torch.int64),
+        bad=[item.bad for item in items if item.bad is not None],
+    )
+
+
+def _start_worker(worker_id: int) -> None:
+    # One thread per worker: the workers are the parallelism. Ctrl-C is for the trainer, which ends its workers itself.
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # PyTorch's own watch looks at the parent, which is the fork server here; a killed trainer would leave all behind.
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
+
+
+class PretrainLoader(DataLoader[Batch]):
+    """A DataLoader that yields `Batch`es and says what to do when a worker dies."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator around the loader's own iterator
+        try:
+            yield from cast(Iterator[Batch], super().__iter__())
+        except RuntimeError as error:
+            # Exceptions raised inside a worker begin otherwise ("Caught ... in DataLoader worker process").
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise WorkerDied(
+                f"a data worker ended unexpectedly ({error}). Usual reasons: not enough memory (lower "
+                f"DATA.NUM_WORKERS, now {self.num_workers}), shared memory too small (enlarge /dev/shm, in Docker "
+                f"--shm-size), or an image that crashes the decoder (DATA.NUM_WORKERS 0 shows where)"
+            ) from error
+
+
+def build_loader(
+    images: ImageList,
+    recipe: ViewRecipe[SampleT, Any],
+    *,
+    batch_size_total: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    num_workers: int,
+) -> DataLoader[Batch]:
+    """All batches of this process from `start_step` to `total_steps`, across epochs, in one iteration.
+
+    Workers are forked from a server process that has imported torch and nothing else: the training process has CUDA,
+    NCCL and TensorBoard threads by then, whose locks a plain fork would copy in whatever state they are, and starting
+    each worker from scratch would import torch once per worker. The script that calls this must guard its main part
+    with `if __name__ == "__main__"`.
+
+    Args:
+        images: The images; their number and order define the epochs.
+        recipe: Makes the samples. It is sent to the workers, so it must pickle.
+        batch_size_total: Images per step over all processes.
+        rank: Of this process, in [0, world_size).
+        world_size: Number of processes.
+        seed: Of the order and of every sample.
+        start_step: Steps already made, in [0, total_steps]; any step, not only the first of an epoch.
+        total_steps: Where to stop.
+        num_workers: Per process; 0 loads in this process.
+
+    Raises:
+        ValueError: If the images do not fill one batch, or the batch does not divide among the processes.
+    """
+    if len(images) < batch_size_total:
+        raise ValueError(
+            f"{images.root} has {len(images)} images, fewer than one batch of SOLVER.BATCH_SIZE_TOTAL "
+            f"{batch_size_total}; add images or lower the batch size (and METHOD.QUEUE_SIZE with it)"
+        )
+    sampler = BatchSampler(len(images), batch_size_total, rank, world_size, seed, start_step, total_steps)
+    context = None
+    if num_workers:
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED_MODULES)
+        forkserver.ensure_running()  # its imports take seconds; meanwhile the caller builds the model
+    return PretrainLoader(
+        cast(Dataset[Batch], PretrainDataset(images, recipe, seed)),  # DataLoader has no type for what collate returns
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+        # The loader draws a seed for its workers; from here, so that the trainer's random numbers are not touched.
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,174 @@
+"""The config: one schema, from the constructors; nothing unknown, nothing of the wrong type."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detco.methods import METHODS
+from detco.views.detco import DetCoRecipe
+from pretrain.config import ConfigError, build_method, build_recipe, differences, digest, load_config, method_options
+
+CONFIGS = Path(__file__).parents[2] / "configs/pretrain"
+COMPLETE = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("quick/*_r50.yaml")])
+
+
+def keys(**sections: Any) -> list[str]:
+    return [word for key, value in sections.items() for word in (key.replace("__", "."), str(value))]
+
+
+@pytest.mark.parametrize("file", COMPLETE, ids=lambda file: file.stem)
+def test_every_config_builds_its_recipe_and_fits_its_method(file: Path) -> None:
+    cfg = load_config(file)
+    recipe = build_recipe(cfg)
+    with torch.device("meta"):  # the shapes of 65536-key queues without their memory
+        method = build_method(cfg)
+    per_process = cfg.SOLVER.BATCH_SIZE_TOTAL if "quick" in file.parts else cfg.SOLVER.BATCH_SIZE_TOTAL // 8
+    method.check_batch(per_process)
+    assert type(recipe) is METHODS[cfg.METHOD.NAME].recipe_for(**method_options(cfg))
+    assert file.stem.startswith(("moco_v2_r50", "detco_r50", "detco_aa_r50", "mls_r50", "glc_r50"))
+
+
+def test_the_published_configs_are_all_there() -> None:
+    names = {file.stem for file in COMPLETE}
+    assert {f"{m}_r50_{e}ep" for m in ("moco_v2", "detco", "detco_aa") for e in (100, 200, 800)} <= names
+    for file in CONFIGS.glob("*.yaml"):
+        assert load_config(file).SOLVER.EPOCHS == int(file.stem.split("_")[-1].removesuffix("ep"))
+
+
+@pytest.mark.parametrize(
+    ("name", "multi_level", "local", "rand_augment"),
+    [("detco_r50_200ep", True, True, False), ("detco_aa_r50_200ep", True, True, True)]
+    + [("mls_r50_100ep", True, False, False), ("glc_r50_100ep", False, True, False)],
+)
+def test_rows_differ_by_their_switches(name: str, multi_level: bool, local: bool, rand_augment: bool) -> None:
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    assert (cfg.METHOD.MULTI_LEVEL, cfg.METHOD.LOCAL, cfg.VIEWS.RAND_AUGMENT) == (multi_level, local, rand_augment)
+    assert ("PATCH_SIZE" in cfg.VIEWS) == local
+
+
+def test_published_values_are_those_of_the_papers() -> None:
+    for name in ("moco_v2_r50_200ep", "detco_r50_200ep"):
+        cfg = load_config(CONFIGS / f"{name}.yaml")
+        solver, method, views = cfg.SOLVER, cfg.METHOD, cfg.VIEWS
+        assert (solver.BASE_LR, solver.BATCH_SIZE_TOTAL, solver.REFERENCE_BATCH_SIZE) == (0.03, 256, 256)
+        assert (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.SCHEDULE, solver.SCHEDULE_UNIT) == (
+            0.9,
+            1e-4,
+            "cosine",
+            "epoch",
+        )
+        assert (method.QUEUE_SIZE, method.DIM, method.TEMPERATURE, method.EMA_DECAY) == (65536, 128, 0.2, 0.999)
+        assert (views.GLOBAL_SIZE, views.GLOBAL_SCALE, views.JITTER) == (224, (0.2, 1.0), (0.4, 0.4, 0.4, 0.1))
+        assert (views.JITTER_PROB, views.GREY_PROB, views.BLUR_PROB, views.BLUR_SIGMA) == (0.8, 0.2, 0.5, (0.1, 2.0))
+    assert (views.LOCAL_SIZE, views.LOCAL_SCALE, views.PATCH_SIZE) == (255, (0.6, 1.0), 64)
+    assert method.STAGE_WEIGHTS == (0.1, 0.4, 0.7, 1.0)
+
+
+def test_every_line_of_a_published_value_has_a_source() -> None:
+    for file in (CONFIGS / "base").glob("*.yaml"):
+        for line in file.read_text().splitlines():
+            is_value = line.startswith("  ") and line.partition(":")[2].strip()
+            assert not is_value or "  # " in line, f"{file.name}: {line}"
+
+
+def test_method_and_view_keys_are_the_constructors_keywords() -> None:
+    cfg = load_config(None)
+    of_method = inspect.signature(METHODS["detco"]).parameters
+    assert {key.lower() for key in cfg.METHOD} - {"name"} == set(of_method)
+    assert {key.lower() for key in cfg.VIEWS} == set(inspect.signature(DetCoRecipe).parameters)
+    assert cfg.METHOD.EMA_DECAY == of_method["ema_decay"].default
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("SOLVER.LR", "SOLVER.BASE_LR"), ("METHOD.QUEUE", "METHOD.QUEUE_SIZE"), ("solver.epochs", "SOLVER.EPOCHS")]
+    + [("DATA.PATH", "DATA.ROOT"), ("VIEWS.CROP_SIZE", "VIEWS.PATCH_SIZE")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one(key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown config key {key}; did you mean {nearest}\?"):
+        load_config(None, [key, "1"])
+
+
+def test_keys_of_another_method_are_unknown() -> None:
+    with pytest.raises(ConfigError, match=r"unknown config key METHOD\.LOCAL"):
+        load_config(None, keys(METHOD__NAME="moco_v2", METHOD__LOCAL=True))
+    with pytest.raises(ConfigError, match=r"unknown config key VIEWS\.PATCH_SIZE"):
+        load_config(None, keys(METHOD__LOCAL=False, VIEWS__PATCH_SIZE=8))
+    with pytest.raises(ConfigError, match=r"METHOD\.NAME is 'simclr'; it must be one of detco, moco_v2"):
+        load_config(None, keys(METHOD__NAME="simclr"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.EPOCHS", "1.5"], r"SOLVER.EPOCHS is 1.5; it must be an integer"),
+        (["SOLVER.EPOCHS", "True"], r"SOLVER.EPOCHS is True; it must be an integer"),
+        (["SOLVER.EPOCHS", "0"], r"SOLVER.EPOCHS is 0; it must be at least 1"),
+        (["SOLVER.BASE_LR", "fast"], r"SOLVER.BASE_LR is 'fast'; it must be a number"),
+        (["SOLVER.SCHEDULE", "linear"], r"SOLVER.SCHEDULE is 'linear'; it must be one of cosine, constant"),
+        (["METHOD.LOCAL", "1"], r"METHOD.LOCAL is 1; it must be True or False"),
+        (["METHOD.STAGE_WEIGHTS", "(1, 'a')"], r"METHOD.STAGE_WEIGHTS is \(1, 'a'\); it must be a list of a number"),
+        (["VIEWS.GLOBAL_SCALE", "(0.2,)"], r"VIEWS.GLOBAL_SCALE is \(0.2,\); it must be"),
+        (["VIEWS.PATCH_ORDER", "sorted"], r"VIEWS.PATCH_ORDER is 'sorted'; it must be one of shuffled, grid"),
+        (["METHOD.DIM", "None"], r"METHOD.DIM is None; it must be an integer"),
+        (["SOLVER.EPOCHS"], r"overrides are KEY VALUE pairs, but there are 1 words"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused(overrides: Sequence[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+def test_words_become_what_the_annotation_asks_for() -> None:
+    words = keys(SOLVER__WEIGHT_DECAY="1e-4", SOLVER__BASE_LR=1, METHOD__HEAD_HIDDEN=64, DATA__ROOT="007")
+    cfg = load_config(None, [*words, *keys(METHOD__STAGE_WEIGHTS="[0, 0, 0, 1]", SOLVER__CHANNELS_LAST="false")])
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.BASE_LR, cfg.METHOD.HEAD_HIDDEN) == (1e-4, 1.0, 64)
+    assert isinstance(cfg.SOLVER.BASE_LR, float)
+    assert (cfg.DATA.ROOT, cfg.METHOD.STAGE_WEIGHTS, cfg.SOLVER.CHANNELS_LAST) == ("007", (0.0, 0.0, 0.0, 1.0), False)
+    assert load_config(None, keys(METHOD__HEAD_HIDDEN="null")).METHOD.HEAD_HIDDEN is None
+
+
+def test_a_file_is_a_diff_over_its_bases_and_overrides_come_last(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("SOLVER: {EPOCHS: 3, BASE_LR: 1e-3}\n")
+    (tmp_path / "diff.yaml").write_text("_BASE_: base.yaml\nSOLVER: {EPOCHS: 5}\nSEED: 4\n")
+    cfg = load_config(tmp_path / "diff.yaml", ["SEED", "9"])
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.BASE_LR, cfg.SEED) == (5, 1e-3, 9)
+
+
+@pytest.mark.parametrize("text", ["_BASE_: nowhere.yaml\n", "SOLVER: [\n", "", "_BASE_: broken.yaml\n", "- 1\n"])
+def test_an_unreadable_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"cannot read the config .*broken\.yaml"):
+        load_config(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_the_config_is_frozen() -> None:
+    with pytest.raises(AttributeError, match="immutable"):
+        load_config(None).SOLVER.EPOCHS = 3
+
+
+def test_the_digest_sees_what_changes_weights_and_nothing_else() -> None:
+    cfg = load_config(None)
+    for same in (
+        keys(OUTPUT_DIR="x", DATA__ROOT="y"),
+        keys(DATA__NUM_WORKERS=0, LOG__EVERY_STEPS=1),
+        keys(CHECKPOINT__KEEP_LAST=9),
+    ):
+        assert digest(load_config(None, same)) == digest(cfg)
+    for other in (keys(SEED=1), keys(METHOD__TEMPERATURE=0.1), keys(VIEWS__BLUR_SIGMA="(0.1, 1.0)")):
+        assert digest(load_config(None, other)) != digest(cfg)
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    saved = load_config(None, keys(METHOD__NAME="moco_v2", SOLVER__EPOCHS=100)).dump()
+    lines = differences(saved, load_config(None, keys(DATA__NUM_WORKERS=1)))
+    assert "SOLVER.EPOCHS: 100 in the checkpoint, 200 now" in lines
+    assert "METHOD.LOCAL: (absent) in the checkpoint, True now" in lines
+    assert not [line for line in lines if "NUM_WORKERS" in line]
+    assert differences(load_config(None).dump(), load_config(None)) == []

@@ -1,0 +1,1 @@
+"""What the pretraining was for: conversion to Detectron2, fine-tuning there, and tables of the results."""

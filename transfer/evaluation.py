@@ -1,0 +1,135 @@
+"""The evaluator that a dataset's metadata ask for, and its results by our names."""
+
+import importlib.util
+import tempfile
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transfer import d2
+from transfer.run_record import metric_names
+
+d2.require()
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.evaluation import (  # noqa: E402
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+
+# Packages that Detectron2's evaluators import when they are first used, thus after the training.
+_PACKAGES = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts", "cityscapes_sem_seg": "cityscapesscripts"}
+
+
+class VocFolderEvaluator(PascalVOCDetectionEvaluator):  # type: ignore[misc]  # Detectron2 is not followed
+    """Detectron2's VOC evaluator, on the ground truth as registered instead of the folder's XML files.
+
+    The XML files may hold boxes without area, lack fields or have names that Detectron2's evaluator cannot read (it
+    parses predictions at spaces and makes file names of class names). So it gets its own, written from the repaired
+    records: images and classes by number. Classes without an object are left out of the mean, as COCO's evaluation
+    does; Detectron2 would count them as 0.
+    """
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        self._predictions: dict[int, list[str]] = {}  # Detectron2's: lines of text by class; `reset` makes a new one
+        self._records: list[dict[str, Any]] = DatasetCatalog.get(dataset_name)
+        self._number = {record["image_id"]: str(index) for index, record in enumerate(self._records)}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Collect the detections of a batch."""
+        super().process([{**item, "image_id": self._number[item["image_id"]]} for item in inputs], outputs)
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """{"bbox": {"AP", "AP50", "AP75"}} in per cent on rank 0, None on the others. Collective."""
+        objects = [item for record in self._records for item in record["annotations"]]
+        present = sorted({item["category_id"] for item in objects if not item["difficult"]})
+        self._class_names = [str(index) for index in present]
+        # Before the gather, so that it holds for the predictions of every rank.
+        found: dict[int, list[str]] = self._predictions
+        self._predictions = {present.index(index): lines for index, lines in found.items() if index in present}
+        with tempfile.TemporaryDirectory(prefix="voc_ground_truth_") as name:
+            folder = Path(name)
+            if comm.is_main_process():
+                for record in self._records:
+                    _write_xml(record, folder / f"{self._number[record['image_id']]}.xml")
+                (folder / "images.txt").write_text("\n".join(self._number.values()), encoding="utf-8")
+            self._anno_file_template = str(folder / "{}.xml")
+            self._image_set_path = str(folder / "images.txt")
+            result: dict[str, dict[str, float]] | None = super().evaluate()
+        return result
+
+
+def _write_xml(record: Mapping[str, Any], path: Path) -> None:
+    """One image's objects in the form that Detectron2's `parse_rec` reads: integers, counted from 1, inclusive."""
+    tree = ET.Element("annotation")
+    for item in record["annotations"]:
+        entry = ET.SubElement(tree, "object")
+        fields = {"name": item["category_id"], "pose": "", "truncated": 0, "difficult": item["difficult"]}
+        for key, value in fields.items():
+            ET.SubElement(entry, key).text = str(value)
+        x1, y1, x2, y2 = item["bbox"]
+        left, top = round(x1) + 1, round(y1) + 1
+        corners = {"xmin": left, "ymin": top, "xmax": max(round(x2), left), "ymax": max(round(y2), top)}
+        box = ET.SubElement(entry, "bndbox")
+        for key, number in corners.items():
+            ET.SubElement(box, key).text = str(number)
+    ET.ElementTree(tree).write(path, encoding="unicode")
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The evaluator for a registered dataset, by the `evaluator_type` of its metadata.
+
+    Args:
+        cfg: Detectron2's config; TEST.KEYPOINT_OKS_SIGMAS is used.
+        dataset_name: A name in Detectron2's catalogs.
+        output_folder: Where COCO and LVIS evaluators write the predictions.
+
+    Raises:
+        ValueError: If the metadata have no evaluator_type, or one that this suite does not evaluate, or a package that
+            the evaluation needs is not installed.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    # Without the extension Detectron2 0.5 would fail after the inference, later versions warn.
+    fast = d2.require().compiled
+    builders: dict[str, Callable[[], DatasetEvaluator]] = {
+        "coco": lambda: COCOEvaluator(
+            dataset_name,
+            output_dir=output_folder,
+            use_fast_impl=fast,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        ),
+        "pascal_voc": lambda: PascalVOCDetectionEvaluator(dataset_name),
+        "voc_folder": lambda: VocFolderEvaluator(dataset_name),
+        "lvis": lambda: LVISEvaluator(dataset_name, output_dir=output_folder),
+        "cityscapes_instance": lambda: CityscapesInstanceEvaluator(dataset_name),
+        "cityscapes_sem_seg": lambda: CityscapesSemSegEvaluator(dataset_name),
+        "sem_seg": lambda: SemSegEvaluator(dataset_name, output_dir=output_folder),
+    }
+    if kind not in builders:
+        raise ValueError(
+            f"the dataset '{dataset_name}' has the evaluator_type {kind!r} in its metadata; this suite evaluates: "
+            f"{', '.join(builders)}"
+        )
+    package = _PACKAGES.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs the package {package}: pip install {package}")
+    return builders[kind]()
+
+
+def collect_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
+    """What an evaluator returned ({"bbox": {"AP": 57.4}}) by the names of the published numbers ({"box_AP": 57.4}).
+
+    Per-class values are left out. NaN, which Detectron2 gives where there is nothing to find, becomes None, because
+    JSON has no NaN.
+    """
+    return metric_names(flatten_results_dict(results))

@@ -1,0 +1,194 @@
+"""Our rows of a table: against our own supervised row, and against the published row of the same method and epochs."""
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from transfer.results.identity import Identity, identify
+from transfer.results.reference import SUPERVISED, Noise, Reference
+from transfer.results.repeats import Measurement
+from transfer.results.runs import Run, common_value, data_of
+from transfer.results.table import Cell, Legend, Row
+
+
+def our_rows(
+    reference: Reference, measurements: Sequence[Measurement], published: Sequence[Row], legend: Legend
+) -> list[Row]:
+    """Return our rows that follow the published protocol, then those that depart from it.
+
+    Args:
+        reference: The published numbers, for the known noise.
+        measurements: Ours, all of one task and recipe.
+        published: Rows that ours may be compared with; empty for no comparison.
+        legend: Takes the notes.
+    """
+    measurements = sorted(measurements, key=_rank)  # stable: the order given within a rank
+    following = [item for item in measurements if not item.first.departures]
+    departing = [item for item in measurements if item.first.departures]
+    rows = [_following_row(reference, item, own_baseline(following, item), published, legend) for item in following]
+    return rows + [_departing_row(item, own_baseline(departing, item), legend) for item in departing]
+
+
+def _rank(item: Measurement) -> int:
+    """Return the place of a row: random init, supervised, the rest, as in the papers."""
+    identity = identify(item.first)
+    if identity.pretrain_method == "random_init":
+        return 0
+    return 1 if identity.is_supervised else 2
+
+
+def own_baseline(measurements: Sequence[Measurement], ours: Measurement) -> Measurement | None:
+    """Return our own supervised row that a row of ours is measured against, None if there is none.
+
+    It was fine-tuned on the same data with the same departures. MSRA's weights, which the papers use, go before others.
+    """
+
+    def protocol(item: Measurement) -> tuple[object, ...]:
+        return item.first.departures, item.first.datasets
+
+    supervised = [
+        item for item in measurements if identify(item.first).is_supervised and protocol(item) == protocol(ours)
+    ]
+    exact = [item for item in supervised if identify(item.first).pretrain_method == SUPERVISED]
+    return next(iter(exact + supervised), None)
+
+
+def _cells(ours: Measurement, baseline: Measurement | None) -> dict[str, Cell]:
+    """Return the cells with the differences to our supervised row, which has none itself."""
+    supervised = baseline if baseline and not identify(ours.first).is_supervised else None
+    return {
+        metric: Cell(
+            ours.mean(metric),
+            std=ours.std(metric),
+            num_runs=len(ours.values(metric)),
+            supervised=supervised.mean(metric) if supervised and metric in supervised.metrics else None,
+        )
+        for metric in ours.metrics
+    }
+
+
+def _following_row(
+    reference: Reference, ours: Measurement, baseline: Measurement | None, published: Sequence[Row], legend: Legend
+) -> Row:
+    identity = identify(ours.first)
+    cells = _cells(ours, baseline)
+    twin = None
+    if identity.obstacle is None:
+        twin = next((row for row in published if any(identity.names(entry) for entry in row.entries)), None)
+    if twin:
+        noise = reference.noise_of(ours.first.task)
+        cells = {metric: _compared(metric, cell, twin, noise) for metric, cell in cells.items()}
+    comparison = _comparison(reference, identity, cells, twin) if published else ""
+    if ours.first.task not in reference.tasks:
+        comparison = f"Data: {data_of(ours.first)}."
+    note = legend.note(f"{_conditions(ours)} {comparison}".strip())
+    return Row("ours", ours.first.label, identity.epochs, cells, notes=(note,), measurement=ours)
+
+
+def _departing_row(ours: Measurement, baseline: Measurement | None, legend: Legend) -> Row:
+    departures = "; ".join(ours.first.departures)
+    notes = (
+        legend.note(f"{_conditions(ours)} Data: {data_of(ours.first)}."),
+        legend.note(f"Departs from the published protocol, so it is compared with no published number: {departures}."),
+    )
+    epochs = identify(ours.first).epochs
+    return Row("departed", ours.first.label, epochs, _cells(ours, baseline), notes=notes, measurement=ours)
+
+
+def _compared(metric: str, cell: Cell, twin: Row, noise: Noise | None) -> Cell:
+    """Return the cell with the published number of the same method and epochs, and what noise explains."""
+    if metric not in twin.cells:
+        return cell
+    num_published = max(entry.trials or 1 for entry in twin.entries)
+    allowed = noise.allowed_difference(metric, num_ours=cell.num_runs, num_published=num_published) if noise else None
+    return Cell(
+        cell.value,
+        std=cell.std,
+        num_runs=cell.num_runs,
+        supervised=cell.supervised,
+        published=twin.cells[metric].value,
+        allowed=allowed,
+    )
+
+
+def _comparison(reference: Reference, identity: Identity, cells: dict[str, Cell], twin: Row | None) -> str:
+    """Return a sentence on how the row compares with the published one."""
+    if identity.obstacle:
+        return f"Not compared with a published row: {identity.obstacle}."
+    if twin is None:
+        after = f" after {identity.epochs:.6g} epochs" if identity.epochs else ""
+        return f"No published row of {identity.pretrain_method}{after} with this recipe."
+    epochs = f", {twin.epochs} epochs" if twin.epochs else ""
+    shared = [metric for metric in reference.metrics if metric in cells and cells[metric].published is not None]
+    phrases: list[str] = []
+    for metric in shared:
+        cell = cells[metric]
+        if cell.is_outside and cell.published is not None and cell.allowed is not None:
+            away = cell.value - cell.published
+            side = "above" if away > 0 else "below"
+            phrases.append(
+                f"{reference.metrics[metric]} is {abs(away):.2f} {side} {cell.published:.1f}, "
+                f"noise explains {cell.allowed:.2f}"
+            )
+    inside = [reference.metrics[metric] for metric in shared if cells[metric].is_outside is False]
+    unjudged = [reference.metrics[metric] for metric in shared if cells[metric].is_outside is None]
+    phrases += [f"within known noise: {', '.join(inside)}"] if inside else []
+    phrases += [f"noise not known: {', '.join(unjudged)}"] if unjudged else []
+    sources = ",".join(str(number) for number in twin.citations)
+    told = "; ".join(phrases) or "no metric in common"
+    return f'Against the published row "{twin.name}"{epochs} [{sources}]: {told}.'
+
+
+def _conditions(ours: Measurement) -> str:
+    """Return how the runs were made: repeats, weights, GPUs, schedule, duration, versions."""
+    run = ours.first
+    parts = [_repeats(ours), _weights(run), _schedule(run.schedule)]
+    hours = [run.hours for run in ours.runs if run.hours is not None]
+    if hours:
+        each = " each" if len(ours.runs) > 1 else ""
+        parts.append(f"{_duration(statistics.fmean(hours))}{each}")
+    hardware = common_value([run.hardware for run in ours.runs])
+    parts.append(f"on {hardware}" if hardware else "")
+    detectron2 = common_value([run.versions.get("detectron2") for run in ours.runs])
+    # A commit is named by its first digits.
+    parts.append("Detectron2 " + re.sub(r"\b([0-9a-f]{8})[0-9a-f]{32}\b", r"\1", detectron2) if detectron2 else "")
+    return ", ".join(part for part in parts if part) + "."
+
+
+def _repeats(ours: Measurement) -> str:
+    seeds = ["none" if run.seed is None else str(run.seed) for run in ours.runs]
+    if len(seeds) == 1:
+        return f"1 run (seed {seeds[0]})"
+    return f"mean of {len(seeds)} runs (seeds {', '.join(seeds)})"
+
+
+def _weights(run: Run) -> str:
+    if not run.weights_path:
+        return "random initialisation"
+    path = run.weights_path.split("?")[0]
+    name = path if "://" in path else PurePosixPath(path).name
+    digest = f" (sha256 {run.weights_sha256[:8]})" if run.weights_sha256 else ""
+    return f"weights {name}{digest}"
+
+
+def _schedule(schedule: Any) -> str:
+    """Return the schedule, and whether Detectron2 scaled it from the published 8 GPUs."""
+    num_gpus = schedule.get("num_gpus")
+    parts = []
+    if num_gpus is not None:
+        parts.append("CPU" if num_gpus == 0 else f"{num_gpus} GPU{'s' if num_gpus != 1 else ''}")
+    if schedule.get("batch_size") is not None:
+        parts.append(f"batch {schedule['batch_size']}")
+    if schedule.get("base_lr") is not None:
+        parts.append(f"lr {schedule['base_lr']:g}")
+    if schedule.get("iterations") is not None:
+        parts.append(f"{schedule['iterations']} iterations")
+    if schedule.get("auto_scaled"):
+        parts.append("auto-scaled from the published 8-GPU schedule")
+    return ", ".join(parts)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"

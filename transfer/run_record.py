@@ -1,0 +1,164 @@
+"""results.json: what a finished run reached, with which weights, how far from the published protocol.
+
+Needs no Detectron2.
+"""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from detco import __version__
+from transfer.weights import WeightsRecord
+
+FILE_NAME = "results.json"
+SCHEMA = 1
+PREFIX_OF = {"bbox": "box", "segm": "mask"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and with what batch a run trained.
+
+    Attributes:
+        iterations: Optimiser steps.
+        batch_size: Images per step, of all processes.
+        base_lr: Learning rate after warm-up.
+        num_gpus: GPUs of all machines; 0 on the CPU.
+        auto_scaled: Whether --auto-scale changed the published values.
+    """
+
+    iterations: int
+    batch_size: int
+    base_lr: float
+    num_gpus: int
+    auto_scaled: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of results.json but for what `write_results` adds itself.
+
+    Attributes:
+        task: Id of the published task; "" for the user's own.
+        recipe: The task's recipe; "" for the user's own.
+        label: Name of the row.
+        weights: What training started from.
+        metrics: Per cent by the names of the published numbers ("box_AP50"); None where it is not a number.
+        departures: Where the config is not the published protocol, in sentences.
+        schedule: See there.
+        datasets: Names by "train" and "test".
+        config_digest: Equal for repeated runs.
+        seed: SEED.
+        hours: Wall-clock time, all parts of a resumed run together.
+        detectron2: Version and, if known, commit.
+    """
+
+    task: str
+    recipe: str
+    label: str
+    weights: WeightsRecord
+    metrics: Mapping[str, float | None]
+    departures: Sequence[str]
+    schedule: Schedule
+    datasets: Mapping[str, Sequence[str]]
+    config_digest: str
+    seed: int
+    hours: float
+    detectron2: str
+
+
+def write_results(folder: Path, record: RunRecord) -> Path:
+    """Write results.json into a run directory, atomically. Returns its path."""
+    contents = {
+        "schema": SCHEMA,
+        **{name: getattr(record, name) for name in ("task", "recipe", "label")},
+        "weights": _weights(record.weights),
+        "metrics": dict(record.metrics),
+        "departures": list(record.departures),
+        "schedule": asdict(record.schedule),
+        "datasets": {name: list(values) for name, values in record.datasets.items()},
+        "config_digest": record.config_digest,
+        "seed": record.seed,
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "detectron2": record.detectron2,
+            "detco": __version__,
+            "python": platform.python_version(),
+        },
+        "hardware": describe_hardware(record.schedule.num_gpus),
+        "hours": round(record.hours, 4),
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    path = folder / FILE_NAME
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(contents, file, indent=2, allow_nan=False)
+        file.write("\n")
+    Path(temporary).replace(path)
+    path.chmod(0o644)  # mkstemp's files are private
+    return path
+
+
+def metric_names(scalars: Mapping[str, float]) -> dict[str, float | None]:
+    """Detectron2's evaluation scalars by the names of the published numbers.
+
+    Args:
+        scalars: "bbox/AP", "segm/AP50", ...; with several test sets "voc_2007_test/bbox/AP". In per cent.
+
+    Returns:
+        "box_AP", "mask_AP50", ..., with several test sets "voc_2007_test/box_AP". Per-class values ("bbox/AP-cat") are
+        left out; NaN, which Detectron2 gives where there is nothing to find, becomes None.
+    """
+    named: dict[str, float | None] = {}
+    for name, value in scalars.items():
+        *dataset, task, metric = name.split("/")
+        if task in PREFIX_OF and "-" not in metric:
+            named["/".join([*dataset, f"{PREFIX_OF[task]}_{metric}"])] = value if math.isfinite(value) else None
+    return named
+
+
+def label_of(given: str, init: str, weights: WeightsRecord) -> str:
+    """Name of the row: the given one, else what the weights' provenance says, else the file's name."""
+    if given:
+        return given
+    if init == "random":
+        return "random init"
+    method, epochs = weights.provenance.get("method"), weights.provenance.get("epochs")
+    if method:
+        return f"{method} {epochs:g}ep" if isinstance(epochs, int | float) else str(method)
+    return "supervised" if "ImageNetPretrained" in weights.path else Path(weights.path).stem
+
+
+def describe_hardware(num_gpus: int) -> str:
+    """The machine in words."""
+    if num_gpus:
+        return f"{num_gpus} x {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU, {cores} cores ({_cpu_name()})"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _weights(record: WeightsRecord) -> dict[str, Any]:
+    return {
+        "path": record.path,
+        "sha256": record.sha256,
+        "provenance": record.provenance,
+        "preprocess": record.preprocess.as_dict() if record.preprocess else None,
+    }
