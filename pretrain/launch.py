@@ -41,6 +41,10 @@ class RunFailedError(RuntimeError):
     """The run cannot go on. Raised alike on every rank; its message is all the user needs."""
 
 
+class RankFailedError(RuntimeError):
+    """This rank alone cannot go on, which ends all; its message is all the user needs."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together.
@@ -96,6 +100,9 @@ def launch(run: Callable[..., int], *args: Any, num_gpus: int | None) -> int:
     num_gpus = present if num_gpus is None else num_gpus
     placed = environment_world(os.environ)
     needed = placed[2] + 1 if placed and num_gpus else num_gpus
+    if num_gpus < 0:
+        print(f"error: --num-gpus is {num_gpus}; give 0 for the CPU, or leave it out for all GPUs", file=sys.stderr)
+        return REFUSED
     if needed > present:
         print(
             f"error: {needed} GPUs are needed and {present} are visible; --num-gpus 0 runs on the CPU", file=sys.stderr
@@ -203,6 +210,8 @@ def _run_process(
     except (RefusalError, RunFailedError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return REFUSED if isinstance(error, RefusalError) else FAILED
     except Exception as error:
         return _end_abruptly(rank, size, error)
@@ -212,6 +221,8 @@ def _end_abruptly(rank: int, size: int, error: Exception) -> int:
     """An error of this rank alone. The others may wait in a collective for ever, so nothing here waits for them."""
     if size > 1 and "onnection closed by peer" in str(error):
         print(f"rank {rank}: another process ended; its message is the one to read", file=sys.stderr, flush=True)
+    elif isinstance(error, RankFailedError):
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     else:
         traceback.print_exc()
         print(f"error: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

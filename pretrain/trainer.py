@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch.nn.utils import get_total_norm
 from detco.methods.base import Method
 from detco.schedules import Schedule
 from detco.views.base import ViewRecipe
-from pretrain.data import BadSampleLog, Batch, TooManyBadSamples
-from pretrain.launch import RunFailedError, StopRequest, World, gather
+from pretrain.data import BadSampleLog, Batch, TooManyBadSamples, WorkerDied
+from pretrain.launch import RankFailedError, RunFailedError, StopRequest, World, gather
 from pretrain.metrics import Pace, Reporter, Window
 
 
@@ -104,7 +105,10 @@ class Trainer:
         # Buffers are not broadcast: BatchNorm statistics belong to a rank, the queues are equal by construction.
         self._model: nn.Module = method
         if world.size > 1:
-            self._model = DistributedDataParallel(method, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # Newer torch prefers `forward_sync_buffers`, which torch 2.8 does not have.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._model = DistributedDataParallel(method, broadcast_buffers=False)
 
     def run(
         self,
@@ -129,10 +133,11 @@ class Trainer:
 
         Raises:
             RunFailedError: On every rank alike; nothing of the failed step is kept.
+            RankFailedError: On a rank whose loader cannot go on.
         """
         plan, pace = self._plan, Pace(self._plan.batch_size_total)
         asked_for_batch = time.perf_counter()
-        for step, batch in enumerate(batches, start=start_step):
+        for step, batch in enumerate(_fetched(batches), start=start_step):
             pace.waited(time.perf_counter() - asked_for_batch)
             decision = self.step(step, batch, stop)
             done = step + 1
@@ -222,6 +227,14 @@ class Trainer:
             f"optimiser and the queues saw it (newest checkpoint: {saved}). Lower SOLVER.BASE_LR, or try "
             f"SOLVER.PRECISION fp32, in a new run"
         )
+
+
+def _fetched(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; what the loader says when it gives up needs no traceback."""
+    try:
+        yield from batches
+    except (TooManyBadSamples, WorkerDied) as error:
+        raise RankFailedError(str(error)) from error
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

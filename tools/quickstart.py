@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("moco_v2", "detco")
 TASKS = {"voc_c4": "voc_faster_rcnn_c4", "coco_fpn": "coco_mask_rcnn_fpn"}
-SHOWN = re.compile(r"eta: |epoch |^error|Error|refus|warning:|largest difference")
+SHOWN = re.compile(r"eta: |epoch |^drawing|demo data|^error|Error|refus|warning:|largest difference", re.IGNORECASE)
 NOISE = re.compile(r"^\[.*?\]: |^\[\S+ \S+ \S+\]:? ?")
 
 EPILOG = """examples:

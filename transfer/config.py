@@ -48,6 +48,9 @@ def load_config(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNo
     # Unlike Detectron2 we never load YAML that may run code.
     given = CfgNode.load_yaml_with_base(str(config_file), allow_unsafe=False)
     _refuse_unknown(cfg, [key for key, _ in pairs(given)], str(config_file))
+    options = [word for word in overrides if word.startswith("--")]
+    if options:
+        raise ValueError(f"options go before the KEY VALUE pairs: move {' '.join(options)} to the front")
     if len(overrides) % 2:
         raise ValueError(f"KEY VALUE pairs expected, got an odd number of words: {' '.join(overrides)}")
     _refuse_unknown(cfg, overrides[0::2], "the command line")

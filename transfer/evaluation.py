@@ -27,7 +27,11 @@ from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 # Packages that Detectron2's evaluators import when they are first used, thus after the training.
-_PACKAGES = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts", "cityscapes_sem_seg": "cityscapesscripts"}
+_PACKAGES = {
+    "lvis": ("lvis",),
+    "cityscapes_instance": ("cityscapesscripts", "shapely"),
+    "cityscapes_sem_seg": ("cityscapesscripts",),
+}
 
 
 class VocFolderEvaluator(PascalVOCDetectionEvaluator):  # type: ignore[misc]  # Detectron2 is not followed
@@ -120,9 +124,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
             f"the dataset '{dataset_name}' has the evaluator_type {kind!r} in its metadata; this suite evaluates: "
             f"{', '.join(builders)}"
         )
-    package = _PACKAGES.get(kind)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs the package {package}: pip install {package}")
+    missing = " ".join(name for name in _PACKAGES.get(kind, ()) if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs {missing}: pip install {missing}")
     return builders[kind]()
 
 

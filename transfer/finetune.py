@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from transfer import d2
 from transfer.config import config_digest, load_config
 from transfer.datasets import USER_VAL, check_datasets, register_datasets, register_user_dataset, register_user_datasets
 from transfer.modeling import register_heads
 from transfer.preflight import batch_notes, check_init, check_preprocess, check_processes
-from transfer.run_record import RunRecord, Schedule, label_of, metric_names, write_results
+from transfer.run_record import RunRecord, Schedule, label_of, metric_names, with_masks, write_results
 from transfer.scaling import auto_scale, refuse_silent_scaling
-from transfer.tasks import departures, load_init_values, load_tasks
+from transfer.tasks import departures, is_same, load_init_values, load_tasks, pairs, show, value_at
 from transfer.trainer import TransferTrainer, device_of, load_detector
 from transfer.weights import WeightsRecord, read_record
 
@@ -62,13 +63,12 @@ def prepare(args: argparse.Namespace) -> Prepared:
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
     processes = max(args.num_gpus, 1) * args.num_machines
     notes: list[str] = []
-    before = cfg.dump()
+    batch_before = cfg.SOLVER.IMS_PER_BATCH
     if args.auto_scale:
         cfg, table = auto_scale(cfg, processes)
-        cfg.SOLVER.REFERENCE_WORLD_SIZE = processes
         notes.append(table)
     refuse_silent_scaling(cfg, processes)
-    auto_scaled = args.auto_scale and cfg.dump() != before
+    auto_scaled = batch_before != cfg.SOLVER.IMS_PER_BATCH
     cuda_gpus = torch.cuda.device_count()
     notes += check_processes(cfg, num_gpus=args.num_gpus, num_machines=args.num_machines, cuda_gpus=cuda_gpus)
     cfg.MODEL.DEVICE = device_of(cfg, num_gpus=args.num_gpus)
@@ -82,7 +82,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
         weights = read_record(cfg.MODEL.WEIGHTS)
         notes += check_preprocess(cfg, weights)
         notes += batch_notes(cfg, _published(cfg, weights), processes)
-        refuse_second_run(Path(cfg.OUTPUT_DIR), resume=args.resume)
+        notes += check_earlier_run(cfg, resume=args.resume)
     register_heads()
     cfg.freeze()
     num_gpus = 0 if cfg.MODEL.DEVICE == "cpu" else processes
@@ -124,13 +124,13 @@ def run(args: argparse.Namespace) -> None:
 def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float) -> RunRecord:
     """What results.json will say about a finished run."""
     cfg, task = prepared.cfg, load_tasks().get(prepared.cfg.TRANSFER.TASK)
-    installed = d2.require()
+    metrics, installed = metric_names(scalars), d2.require()
     return RunRecord(
         task=cfg.TRANSFER.TASK,
         recipe=task.recipe if task else "",
         label=label_of(cfg.TRANSFER.LABEL, cfg.TRANSFER.INIT, prepared.weights),
         weights=prepared.weights,
-        metrics=metric_names(scalars),
+        metrics=with_masks(metrics) if cfg.MODEL.MASK_ON else metrics,
         departures=departures(_published(cfg, prepared.weights), cfg) if task else [],
         schedule=Schedule(
             iterations=cfg.SOLVER.MAX_ITER,
@@ -197,17 +197,37 @@ def check_classes_of_model(cfg: Any) -> None:
             )
 
 
-def refuse_second_run(output_dir: Path, *, resume: bool) -> None:
-    """Refuse to mix a new run into the directory of an earlier one.
+def check_earlier_run(cfg: Any, *, resume: bool) -> list[str]:
+    """Refuse to mix a new run into the directory of an earlier one, or to resume one that started from other weights.
+
+    Returns:
+        Notes for the log: values that a resumed run changes.
 
     Raises:
-        ValueError: If it holds checkpoints and `resume` is False.
+        ValueError: If OUTPUT_DIR holds checkpoints and `resume` is False, or MODEL.WEIGHTS changed.
     """
-    if not resume and (output_dir / "last_checkpoint").exists():
+    folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / "last_checkpoint").exists():
+        return []
+    if not resume:
         raise ValueError(
-            f"{output_dir} holds the checkpoints of an earlier run; add --resume to continue it, or give another "
+            f"{folder} holds the checkpoints of an earlier run; add --resume to continue it, or give another "
             "--output-dir"
         )
+    if not (folder / "config.yaml").exists():
+        return []
+    earlier = dict(pairs(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+    changed = [key for key, value in pairs(cfg) if key in earlier and not is_same(value, earlier[key])]
+    if "MODEL.WEIGHTS" in changed:
+        raise ValueError(
+            f"{folder} is a run that started from {show(earlier['MODEL.WEIGHTS'])}, but MODEL.WEIGHTS is now "
+            f"{show(cfg.MODEL.WEIGHTS)}; give another --output-dir"
+        )
+    return [
+        f"WARNING: resuming with {key} {show(value_at(cfg, key))}; it was {show(earlier[key])}."
+        for key in changed
+        if key not in ("OUTPUT_DIR", "MODEL.DEVICE")
+    ]
 
 
 def _published(cfg: Any, weights: WeightsRecord) -> dict[str, Any]:

@@ -128,6 +128,12 @@ def metric_names(scalars: Mapping[str, float]) -> dict[str, float | None]:
     return named
 
 
+def with_masks(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Metrics of a detector with a mask head: without any detection Detectron2 reports boxes only; None then."""
+    masks = {name.replace("box_", "mask_"): None for name in metrics if "box_" in name}
+    return {**masks, **metrics}
+
+
 def label_of(given: str, init: str, weights: WeightsRecord) -> str:
     """Name of the row: the given one, else what the weights' provenance says, else the file's name."""
     if given:

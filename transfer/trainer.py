@@ -20,8 +20,11 @@ from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, hooks  # noqa: E402
 from detectron2.evaluation import DatasetEvaluator  # noqa: E402
+from detectron2.utils.events import EventWriter  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+LOG_EVERY = 20  # iterations, as in Detectron2
 
 
 class LoadingAccount(DetectionCheckpointer):  # type: ignore[misc]  # Detectron2 is not followed
@@ -115,6 +118,7 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     """Fine-tunes and evaluates as Detectron2 does; see the module for what differs.
 
     Attributes:
+        writers: Where metrics go; on the first rank only.
         seconds: Time spent in `train`, including the parts before a resume and the evaluation.
     """
 
@@ -129,11 +133,25 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
         return build_evaluator(cfg, dataset_name, output_folder or f"{cfg.OUTPUT_DIR}/inference")
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, and EqualBuffers right after PreciseBN, hence before the checkpoint and evaluation."""
+        """Detectron2's hooks, and EqualBuffers right after PreciseBN, hence before the checkpoint and evaluation.
+
+        Short runs are logged more often than every 20 iterations.
+        """
         built: list[HookBase | None] = super().build_hooks()
+        period = max(1, min(LOG_EVERY, self.cfg.SOLVER.MAX_ITER // 8))
+        built[:] = [
+            hooks.PeriodicWriter(self.writers, period=period) if isinstance(hook, hooks.PeriodicWriter) else hook
+            for hook in built
+        ]
         after = [index for index, hook in enumerate(built) if isinstance(hook, hooks.PreciseBN)]
         for index in after:
             built.insert(index + 1, EqualBuffers(self.cfg.TEST.EVAL_PERIOD))
+        return built
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's console, JSON and TensorBoard writers."""
+        built: list[EventWriter] = super().build_writers()
+        self.writers = built
         return built
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -1,7 +1,7 @@
 """The views of DetCo: two global crops and two sets of nine local patches of each image.
 
 A patch set is cut from a crop of its own: colours and flip on the whole crop, then a 3x3 grid of cells, the cells
-shuffled, and a smaller random window inside each, so that patches neither touch nor overlap.
+shuffled, and a smaller random window inside each, so that patches never overlap.
 
 Shape legend:
     N  images in a batch
@@ -9,9 +9,7 @@ Shape legend:
     L  side of the local crop, in pixels
     P  side of a patch, in pixels
 
-Source: DetCo, arXiv:2102.04803, Sec. 3.4; cells of 85, crop of 255 and patches of 64 pixels as in its Sec. 3.3 and
-PIRL, arXiv:1912.01991, Appendix.
-
+Source: DetCo, arXiv:2102.04803, Sec. 3.4: crop of 255, cells of 85 and patches of 64 pixels.
 The paper lists greyscale within colour jitter; it is kept for the patches too. RandAugment, where switched on, is for
 the global views alone.
 
@@ -82,16 +80,21 @@ class DetCoViews(NamedTuple):
 
 
 class DetCoRecipe(ViewRecipe[DetCoSample, DetCoViews]):
-    """Views of DetCo: the settings of `MoCoRecipe`, which its global views follow, and those of the patch sets.
+    """Views of DetCo.
 
-    Attributes:
-        global_views: What draws and renders the two global views; its colour settings hold for the patch sets too.
+    The settings that it shares with `MoCoRecipe` mean what they mean there; those of colour, flip and crop ratio hold
+    for the patch sets too.
+
+    Args:
         local_size: L, a multiple of 3.
         local_scale: Share of the image's area that the local crop covers, (least, most).
         patch_size: P, at most a third of L.
         patch_order: "shuffled": a uniform permutation per patch set; "grid": row by row.
         patch_color: "image": one draw of the colours for the nine patches, before they are cut (the paper);
             "patch": one draw for each patch, after cutting (PIRL).
+
+    Attributes:
+        global_views: The recipe that draws and renders the two global views.
 
     Raises:
         ValueError: If a setting is outside its range.

@@ -4,7 +4,7 @@ Shape legend:
     N  images in a batch
     S  side of a view, in pixels
 
-Source: MoCo v2, arXiv:2003.04297, Sec. 3, and the transforms of its published code, in their order:
+Source: MoCo v2, arXiv:2003.04297, and the transforms of its published code, in their order:
 https://github.com/facebookresearch/moco, main_moco.py. RandAugment: see `detco.views.rand_augment`.
 
 Departures: the flip comes first instead of last. It commutes with jitter, grey and blur; with RandAugment, first is
@@ -67,7 +67,7 @@ class MoCoViews(NamedTuple):
 class MoCoRecipe(ViewRecipe[MoCoSample, MoCoViews]):
     """Views of MoCo v2.
 
-    Attributes:
+    Args:
         global_size: S.
         global_scale: Share of the image's area that a crop covers, (least, most).
         crop_ratio: Width / height of a crop, (least, most).

@@ -7,7 +7,7 @@ Shape legend:
     N     images in a batch
     H, W  height and width of the views, in pixels
 
-Source: MoCo v2, arXiv:2003.04297, Sec. 3, and its published code; DetCo, arXiv:2102.04803, Sec. 3.4.
+Source: MoCo v2, arXiv:2003.04297, and its published code; DetCo, arXiv:2102.04803, Sec. 3.4.
 """
 
 from collections.abc import Sequence

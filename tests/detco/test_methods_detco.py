@@ -289,14 +289,14 @@ def test_first_step_losses_are_in_the_expected_ranges():
 
 
 def test_every_term_is_near_chance_once_real_keys_fill_the_queues():
-    method = make_method(dim=128, head_hidden=None, queue_size=16)
+    method = make_method(dim=128, head_hidden=64, queue_size=16)
     views = make_views(8, patch_px=32)
     with torch.no_grad():
         for seed in (1, 2):
             method(make_views(8, seed=seed, patch_px=32))
             method.commit()
         losses = [value.item() for name, value in method(views).metrics.items() if name.startswith("loss_")]
-    assert losses == pytest.approx([math.log(17)] * 12, abs=0.2)  # no term is far above it: all keys look alike
+    assert losses == pytest.approx([math.log(17)] * 12, abs=0.4)  # against noise, g-g and l-l are below 1
 
 
 def test_forward_transfer_refreshes_the_statistics_of_the_query_trunk_from_whole_images():

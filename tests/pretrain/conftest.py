@@ -56,14 +56,14 @@ def _words(photo_dir: Path, output_dir: Path, flags: tuple[str, ...], options: d
     ]
 
 
-@pytest.fixture(scope="session")
-def _toy_registered() -> None:
+@pytest.fixture
+def _toy_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("toy_run", TOY_SCRIPT)
     assert spec
     assert spec.loader
     sys.modules["toy_run"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["toy_run"])
-    METHODS["toy"] = sys.modules["toy_run"].Toy
+    monkeypatch.setitem(METHODS, "toy", sys.modules["toy_run"].Toy)
 
 
 @pytest.fixture

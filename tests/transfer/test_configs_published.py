@@ -92,6 +92,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_one() -> None:
         load_config(config, ["MODEL.RPN", "0.1"])
     with pytest.raises(ValueError, match="odd number of words"):
         load_config(config, ["SOLVER.BASE_LR"])
+    with pytest.raises(ValueError, match="options go before the KEY VALUE pairs: move --resume"):
+        load_config(config, ["SOLVER.BASE_LR", "0.1", "--resume"])
 
 
 def test_an_unknown_key_in_a_file_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_a_class_without_an_object_does_not_lower_the_mean(tmp_path: Path) -> No
     assert evaluate(dataset, tmp_path)["box_AP"] == pytest.approx(100.0)
 
 
+def test_a_class_with_nothing_but_difficult_objects_does_not_lower_the_mean(tmp_path: Path) -> None:
+    source = write_voc(tmp_path / "set", {"a": [("dog", (5, 5, 30, 30)), ("cat", (40, 5, 60, 30))]})
+    dataset = register_user_dataset("evaluated", source)
+    for item in DatasetCatalog.get("evaluated")[0]["annotations"]:
+        item["difficult"] = int(dataset.classes[item["category_id"]] == "cat")
+    assert evaluate(dataset, tmp_path)["box_AP"] == pytest.approx(100.0)
+
+
 def test_half_the_classes_found_is_half_the_mean(tmp_path: Path) -> None:
     images = {"a": [("dog", (5, 5, 30, 30))], "b": [("cat", (5, 5, 20, 20))]}
     dataset = register_user_dataset("evaluated", write_voc(tmp_path / "set", images))
@@ -131,7 +139,7 @@ def test_an_unknown_evaluator_type_is_named_with_the_known_ones() -> None:
 def test_a_missing_package_is_named_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     MetadataCatalog.get("lvis_like").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="needs the package lvis: pip install lvis"):
+    with pytest.raises(ValueError, match="needs lvis: pip install lvis"):
         build_evaluator(get_cfg(), "lvis_like", "")
 
 

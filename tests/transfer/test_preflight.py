@@ -129,6 +129,8 @@ def test_learning_rate_that_does_not_belong_to_the_batch_is_a_warning() -> None:
     (note,) = batch_notes(load_config(VOC, ["SOLVER.IMS_PER_BATCH", "2"]), published, 1)
     assert "SOLVER.BASE_LR 0.02 with 2 images per step" in note
     assert note.endswith("gives 0.0025.")
+    scaled = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025"]
+    assert batch_notes(load_config(VOC, scaled), published, 1) == []
     assert batch_notes(load_config(VOC), {}, 2) == []
 
 
@@ -160,7 +162,7 @@ def test_auto_scale_gives_the_published_table(name: str, gpus: int, expected: tu
 
 
 def test_auto_scale_refuses_a_batch_that_is_not_for_eight_gpus() -> None:
-    with pytest.raises(ValueError, match="IMS_PER_BATCH 4 is not a multiple of 8"):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 2 is not a multiple of 8"):
         auto_scale(load_config(CONFIGS / "quick" / "voc_faster_rcnn_c4_random.yaml"), 1)
 
 

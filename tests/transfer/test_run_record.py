@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from detco.artifact import IMAGENET_RGB
-from transfer.run_record import RunRecord, Schedule, label_of, metric_names, write_results
+from transfer.run_record import RunRecord, Schedule, label_of, metric_names, with_masks, write_results
 from transfer.weights import WeightsRecord
 
 WEIGHTS = WeightsRecord("detco.pkl", "ab" * 32, IMAGENET_RGB, {"method": "detco", "epochs": 200})
@@ -68,6 +68,11 @@ def test_metrics_get_the_names_of_the_published_numbers() -> None:
     scalars = {"bbox/AP": 57.4, "bbox/AP50": 82.5, "segm/AP": 35.0, "bbox/AP-person": 60.0, "segm/AP75": math.nan}
     assert metric_names(scalars) == {"box_AP": 57.4, "box_AP50": 82.5, "mask_AP": 35.0, "mask_AP75": None}
     assert metric_names({"voc_2007_test/bbox/AP": 1.0}) == {"voc_2007_test/box_AP": 1.0}
+
+
+def test_masks_without_any_detection_are_reported_as_unknown() -> None:
+    assert with_masks({"box_AP": 1.0, "mask_AP": 2.0}) == {"box_AP": 1.0, "mask_AP": 2.0}
+    assert with_masks({"v/box_AP": None}) == {"v/box_AP": None, "v/mask_AP": None}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ if d2.info() is None:
     pytest.skip("needs Detectron2 (python tools/install_detectron2.py)", allow_module_level=True)
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from transfer import finetune
+from transfer.trainer import TransferTrainer
 
 pytestmark = pytest.mark.d2
 
@@ -117,7 +121,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(config: str, datasets_root: Path, output_dir: Path, *more: str, **overrides: str) -> list[str]:
-    """The command line of a tiny run; `more` are options, `overrides` config values with _ for the dots of TINY."""
+    """The command line of a tiny run; `more` are options, `overrides` config values."""
     values = {**TINY, **overrides}
     options = ["--config-file", str(CONFIGS / f"quick/{config}.yaml"), "--datasets-root", str(datasets_root)]
     return [*options, "--output-dir", str(output_dir), *more, *[word for pair in values.items() for word in pair]]
@@ -193,8 +197,14 @@ def test_resume_continues_and_adds_up_the_time(voc_run: Finished, datasets_root:
     argv = words("voc_faster_rcnn_c4_converted", datasets_root, voc_run.folder, "--resume", **values)
     resumed = finish(argv, voc_run.folder)
     assert "Resuming after iteration 2 of 3." in resumed.log
+    assert "resuming with SOLVER.MAX_ITER 3; it was 2." in resumed.log
     assert resumed.results["schedule"]["iterations"] == 3
     assert resumed.results["hours"] > voc_run.results["hours"]
+
+
+def test_short_runs_log_every_iteration(voc_run: Finished) -> None:
+    lines = [json.loads(line) for line in (voc_run.folder / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "total_loss" in line][:2] == [0, 1]
 
 
 def test_used_directory_is_refused_without_resume(
@@ -203,6 +213,17 @@ def test_used_directory_is_refused_without_resume(
     argv = words("voc_faster_rcnn_c4_converted", datasets_root, voc_run.folder, **{"MODEL.WEIGHTS": str(converted)})
     assert train_net.main(argv) == 2
     assert "holds the checkpoints of an earlier run; add --resume" in capsys.readouterr().err
+
+
+def test_resume_from_other_weights_is_refused(
+    voc_run: Finished, datasets_root: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_weights(converted, tmp_path / "other.pkl", str)
+    values = {"MODEL.WEIGHTS": str(other)}
+    assert (
+        train_net.main(words("voc_faster_rcnn_c4_converted", datasets_root, voc_run.folder, "--resume", **values)) == 2
+    )
+    assert "is a run that started from" in capsys.readouterr().err
 
 
 def test_eval_only_reproduces_the_evaluation_of_training(
@@ -315,21 +336,29 @@ def test_own_data_are_refused_without_a_validation_set(
     assert "give --train-data and --val-data together" in capsys.readouterr().err
 
 
-def test_auto_scale_prints_what_it_changed_and_records_it(
-    datasets_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.STEPS": "()", "SOLVER.MAX_ITER": "1", "SOLVER.WARMUP_ITERS": "0"}
-    more = ["--auto-scale", "--num-gpus", "0"]
-    run = finish(words("coco_retinanet_random", datasets_root, tmp_path / "run", *more, **values), tmp_path / "run")
-    assert run.results["schedule"] == {
-        "iterations": 8,
+def test_auto_scale_says_what_it_changed_and_records_it(datasets_root: Path, tmp_path: Path) -> None:
+    values = {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.STEPS": "(3,)", "SOLVER.MAX_ITER": "4"}
+    argv = words("coco_retinanet_random", datasets_root, tmp_path, "--auto-scale", "--num-gpus", "0", **values)
+    prepared = finetune.prepare(train_net.build_parser().parse_args(argv))
+    assert asdict(finetune.build_record(prepared, {}, 0.0).schedule) == {
+        "iterations": 32,
         "batch_size": 1,
         "base_lr": 0.000125,
         "num_gpus": 0,
         "auto_scaled": True,
     }
-    assert "--auto-scale from 8 to 1 GPUs" in run.log
-    assert "SOLVER.IMS_PER_BATCH" in run.log.split("--auto-scale from 8 to 1 GPUs")[1]
+    (table,) = [note for note in prepared.notes if note.startswith("--auto-scale from 8 to 1 GPUs")]
+    assert {line.split()[0] for line in table.splitlines()[1:]} >= {"SOLVER.IMS_PER_BATCH", "SOLVER.STEPS"}
+    argv.remove("--auto-scale")
+    assert not finetune.prepare(train_net.build_parser().parse_args(argv)).auto_scaled
+
+
+def test_ranks_get_equal_statistics_between_precise_bn_and_checkpoint(datasets_root: Path, tmp_path: Path) -> None:
+    argv = words("coco_retinanet_random", datasets_root, tmp_path)
+    built = TransferTrainer(finetune.prepare(train_net.build_parser().parse_args(argv)).cfg).build_hooks()
+    names = [type(hook).__name__ for hook in built]
+    start = names.index("PreciseBN")
+    assert names[start : start + 4] == ["PreciseBN", "EqualBuffers", "PeriodicCheckpointer", "EvalHook"]
 
 
 def test_help_is_quick_and_needs_neither_torch_nor_detectron2() -> None:
