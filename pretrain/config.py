@@ -117,6 +117,11 @@ def method_options(cfg: CfgNode) -> dict[str, Any]:
     return {key.lower(): value for key, value in cfg.METHOD.items() if key != "NAME"}
 
 
+def view_options(cfg: CfgNode) -> dict[str, Any]:
+    """Return the constructor keywords of the view recipe."""
+    return {key.lower(): value for key, value in cfg.VIEWS.items()}
+
+
 def build_method(cfg: CfgNode) -> Method:
     """Build the method on the CPU. Its weights are drawn from torch's global generator."""
     return METHODS[cfg.METHOD.NAME](**method_options(cfg))
@@ -125,7 +130,7 @@ def build_method(cfg: CfgNode) -> Method:
 def build_recipe(cfg: CfgNode) -> ViewRecipe[Any, Any]:
     """Build the view recipe of the method."""
     recipe = METHODS[cfg.METHOD.NAME].recipe_for(**method_options(cfg))
-    return recipe(**{key.lower(): value for key, value in cfg.VIEWS.items()})
+    return recipe(**view_options(cfg))
 
 
 def _schema(given: Mapping[str, Any]) -> Schema:

@@ -219,8 +219,9 @@ def _run_process(
 
 def _end_abruptly(rank: int, size: int, error: Exception) -> int:
     """An error of this rank alone. The others may wait in a collective for ever, so nothing here waits for them."""
-    if size > 1 and "onnection closed by peer" in str(error):
-        print(f"rank {rank}: another process ended; its message is the one to read", file=sys.stderr, flush=True)
+    if size > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+        # Most often because another process ended, which says why itself.
+        print(f"rank {rank}: lost the other processes: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
     elif isinstance(error, RankFailedError):
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
     else:

@@ -279,7 +279,8 @@ def _provenance(run: _Run, step: int) -> dict[str, Any]:
     """Where weights of `step` come from, as JSON."""
     return {
         "method": run.cfg.METHOD.NAME,
-        "method_options": cast(dict[str, Any], yaml.safe_load(yaml.safe_dump(config.method_options(run.cfg)))),
+        "method_options": _plain(config.method_options(run.cfg)),
+        "view_options": _plain(config.view_options(run.cfg)),
         "epochs": step / run.plan.steps_per_epoch,
         "steps": step,
         "images_seen": step * run.plan.batch_size_total,
@@ -293,3 +294,8 @@ def _provenance(run: _Run, step: int) -> dict[str, Any]:
         },
         "versions": versions(),
     }
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with tuples as lists, as JSON has them."""
+    return cast(dict[str, Any], yaml.safe_load(yaml.safe_dump(options)))

@@ -35,9 +35,7 @@ def run_distributed() -> Callable[..., list[Any]]:
     def run(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_process_main, args=(world_size, folder, fn, args), nprocs=world_size, join=True)
-            return [
-                torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)
-            ]
+            return [torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
     return run
 

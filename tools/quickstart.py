@@ -17,8 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("moco_v2", "detco")
 TASKS = {"voc_c4": "voc_faster_rcnn_c4", "coco_fpn": "coco_mask_rcnn_fpn"}
-SHOWN = re.compile(r"eta: |epoch |^drawing|demo data|^error|Error|refus|warning:|largest difference", re.IGNORECASE)
-NOISE = re.compile(r"^\[.*?\]: |^\[\S+ \S+ \S+\]:? ?")
+SHOWN = re.compile(
+    r"^\d\d:\d\d:\d\d epoch|^drawing|demo data is|\beta: .*total_loss|Start inference on|"
+    r"^error|largest difference|Written to"
+)
+NOISE = re.compile(r"^\[.*?\]:? |lr: .*|time: .*")
 
 EPILOG = """examples:
   python tools/quickstart.py                      everything, into runs/quickstart
@@ -38,7 +41,8 @@ class Stage:
 def pretrain_stage(method: str, out: Path, num_gpus: int) -> Stage:
     """Pretraining of one method on the unlabelled demo images."""
     command = ["-m", "pretrain", "--config-file", f"configs/pretrain/quick/{method}_r50.yaml", "--resume"]
-    command += ["--num-gpus", str(num_gpus), "--output-dir", str(out / method), "DATA.ROOT", str(out / "data/unlabelled")]
+    command += ["--num-gpus", str(num_gpus), "--output-dir", str(out / method)]
+    command += ["DATA.ROOT", str(out / "data/unlabelled")]
     return Stage(f"pretrain {method}", out / method / "model.safetensors", tuple(command))
 
 
@@ -88,7 +92,7 @@ def run_stage(stage: Stage, log: Path) -> None:
             file.write(line)
             tail = [*tail[-19:], line]
             if SHOWN.search(line):
-                print("    " + NOISE.sub("", line.rstrip())[:150], flush=True)
+                print("    " + NOISE.sub("", line.rstrip()).strip()[:160], flush=True)
         code = process.wait()
     if code:
         print(f"\nerror: stage '{stage.title}' ended with exit code {code}. Its last lines (all of them in {log}):")
@@ -124,7 +128,8 @@ Where everything lies
 These runs are a few hundred tiny images seen for minutes: they show that the chain works, not which method is better.
 
 With your own images (any folder of JPEG, PNG or WebP; see README.md)
-  detco-pretrain --config-file configs/pretrain/detco_r50_200ep.yaml --num-gpus 8 --output-dir runs/detco DATA.ROOT IMAGES
+  detco-pretrain --config-file configs/pretrain/detco_r50_200ep.yaml --num-gpus 8 \\
+      --output-dir runs/detco DATA.ROOT IMAGES
   convert-to-d2 runs/detco/model.safetensors detco.pkl --verify
   detco-transfer --config-file configs/transfer/voc/faster_rcnn_r50_c4_24k_converted.yaml --num-gpus 8 \\
       --output-dir runs/voc MODEL.WEIGHTS detco.pkl

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transfer import d2
-from transfer.run_record import metric_names
 
 d2.require()
 
@@ -23,7 +22,6 @@ from detectron2.evaluation import (  # noqa: E402
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 # Packages that Detectron2's evaluators import when they are first used, thus after the training.
@@ -128,12 +126,3 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if missing:
         raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs {missing}: pip install {missing}")
     return builders[kind]()
-
-
-def collect_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """What an evaluator returned ({"bbox": {"AP": 57.4}}) by the names of the published numbers ({"box_AP": 57.4}).
-
-    Per-class values are left out. NaN, which Detectron2 gives where there is nothing to find, becomes None, because
-    JSON has no NaN.
-    """
-    return metric_names(flatten_results_dict(results))

@@ -81,6 +81,8 @@ def check_preprocess(cfg: Any, record: WeightsRecord) -> list[str]:
     if not wrong:
         return [f"Input settings agree with what {record.path} was trained with."]
     lines = [f"  {key} is {show(actual[key])}, the weights need {show(needed[key])}" for key in wrong]
+    if cfg.TRANSFER.INIT == "supervised":
+        lines.append("Take the config that ends in _converted.yaml, or")
     remedy = " ".join(f'{key} "{show(needed[key])}"' for key in wrong)
     raise ValueError(
         f"the config contradicts what the weights {record.path} were trained with; the run would train and quietly "

@@ -38,8 +38,10 @@ class Method(nn.Module, ABC):
     def recipe_for(cls, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
         """The class that makes the views for a method built with these options (absent ones at their default)."""
 
-    def check_batch(self, images_per_process: int) -> None:  # noqa: B027 (most methods accept any batch)
+    def check_batch(self, images_per_process: int) -> None:
         """Refuse a batch that the method cannot train on; called once, before any work, in the running process group.
+
+        Any batch is accepted by default.
 
         Raises:
             ValueError: Naming the values and what to change.

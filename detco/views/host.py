@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -65,6 +65,8 @@ def decode(data: bytes) -> Tensor:
                 raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS} allowed")
             image.load()
             rgb = _to_rgb(_upright(image))
+    except UnidentifiedImageError as error:  # its own message holds a memory address
+        raise ValueError(f"cannot decode image of {len(data)} bytes: no image format that Pillow knows") from error
     # Damaged files make Pillow's decoders raise nearly anything; for the caller there is one fact: it is unreadable.
     except Exception as error:
         raise ValueError(f"cannot decode image of {len(data)} bytes: {error}") from error
