@@ -29,12 +29,12 @@ setup(
         "safetensors",  # the weights file: no pickle
         "PyYAML",
         "tensorboard",
-        "tabulate",
     ],
     extras_require={
         # What Detectron2 imports when it comes from the PyPI route, which has no dependency list of its own.
         "transfer": [
             "pycocotools",
+            "tabulate",
             "cloudpickle",
             "matplotlib",
             "tqdm",
@@ -45,7 +45,7 @@ setup(
             "iopath<0.1.10",
             "packaging",
         ],
-        "dev": ["pytest", "hypothesis", "mypy", "ruff", "pre-commit", "types-PyYAML", "types-tabulate"],
+        "dev": ["pytest", "mypy", "ruff", "pre-commit", "types-PyYAML"],
     },
     entry_points={
         "console_scripts": [

@@ -35,6 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_training(parser)
+    _add_data(parser)
+    _add_gpus(parser)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to train")
     what.add_argument(
         "--config-file",
@@ -64,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate a trained detector, MODEL.WEIGHTS or with --resume the run's last; no training, no results.json",
     )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--datasets-root",
@@ -81,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--val-data", metavar="DATA", help="the same for evaluation, instead of DATASETS.TEST (default: none)"
     )
+
+
+def _add_gpus(parser: argparse.ArgumentParser) -> None:
     gpus = parser.add_argument_group("GPUs")
     gpus.add_argument(
         "--num-gpus",
@@ -106,7 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="rendezvous, tcp://HOST:PORT of machine 0; auto finds a free port on one machine (default: %(default)s)",
     )
-    return parser
 
 
 def run_rank(args: argparse.Namespace) -> None:
