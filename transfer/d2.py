@@ -29,6 +29,7 @@ import importlib.util
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +109,22 @@ def _find_package() -> Path:
     return Path(spec.origin).parent
 
 
+def _silence_warnings() -> None:
+    """Silence warnings about code that is neither the user's nor ours, and that nothing can be done about here."""
+    for category, message in (
+        (UserWarning, r"torch\.meshgrid"),
+        (UserWarning, r"Creating a tensor from a list of numpy\.ndarrays"),
+        (FutureWarning, r".*torch\.cuda\.amp"),
+        (FutureWarning, r"`torch\.jit\.script` is deprecated"),
+        (DeprecationWarning, r".*pkg_resources"),
+    ):
+        warnings.filterwarnings("ignore", message=message, category=category)
+    # 0 / 0 for classes without an object, which Detectron2 then counts as 0.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"detectron2\.evaluation\.pascal_voc_evaluation")
+
+
 def _bridge_and_import(folder: Path) -> D2Info:
+    _silence_warnings()
     mentions = _mentions(folder)
     bridges = _bridge_numpy(mentions) + _bridge_pillow(mentions)
     compiled, failure = _load_compiled()

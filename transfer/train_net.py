@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,27 +120,6 @@ def _add_gpus(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_rank(args: argparse.Namespace) -> None:
-    """What every process does."""
-    quiet_third_parties()
-    from transfer import finetune  # its imports warn, so not before
-
-    finetune.run(args)
-
-
-def quiet_third_parties() -> None:
-    """Silence warnings about code that is neither the user's nor ours, and that nothing can be done about here."""
-    for category, message in (
-        (UserWarning, r"torch\.meshgrid"),
-        (FutureWarning, r".*torch\.cuda\.amp"),
-        (FutureWarning, r"`torch\.jit\.script` is deprecated"),
-        (DeprecationWarning, r".*pkg_resources"),
-    ):
-        warnings.filterwarnings("ignore", message=message, category=category)
-    # 0 / 0 for classes without an object, which Detectron2 then counts as 0.
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"detectron2\.evaluation\.pascal_voc_evaluation")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run detco-transfer. Returns the exit code: 0, or 2 for wrong input, 1 for a missing Detectron2."""
     parser = build_parser()
@@ -151,7 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0")
 
-    quiet_third_parties()
     # After parsing, so that --help is quick and works without Detectron2.
     from transfer import d2
 
@@ -173,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         launch(
-            run_rank,
+            finetune.run,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
