@@ -88,11 +88,15 @@ def run_stage(stage: Stage, log: Path) -> None:
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            tail = [*tail[-19:], line]
-            if SHOWN.search(line):
-                print("    " + NOISE.sub("", line.rstrip()).strip()[:160], flush=True)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                tail = [*tail[-19:], line]
+                if SHOWN.search(line):
+                    print("    " + NOISE.sub("", line.rstrip()).strip()[:160], flush=True)
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal too, and is saving
+            raise
         code = process.wait()
     if code:
         print(f"\nerror: stage '{stage.title}' ended with exit code {code}. Its last lines (all of them in {log}):")
