@@ -41,6 +41,7 @@ class Prepared:
         num_gpus: GPUs of all machines; 0 on the CPU.
         auto_scaled: Whether --auto-scale changed the config.
         datasets: What was trained and tested on: Detectron2's names, or where the user's own data lie.
+        based_on: Id of the task whose recipe the user's own data are trained with; "" on a task's own data.
         notes: For the log; those that start with WARNING are logged as such.
     """
 
@@ -49,6 +50,7 @@ class Prepared:
     num_gpus: int
     auto_scaled: bool
     datasets: dict[str, list[str]]
+    based_on: str
     notes: list[str]
 
 
@@ -77,11 +79,15 @@ def prepare(args: argparse.Namespace) -> Prepared:
     check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     check_classes_of_model(cfg)
     weights = WeightsRecord("", None, None, {})
+    based_on = cfg.TRANSFER.TASK if args.val_data else ""
     if not args.eval_only:
         check_init(cfg)
         weights = read_record(cfg.MODEL.WEIGHTS)
         notes += check_preprocess(cfg, weights)
         notes += batch_notes(cfg, _published(cfg, weights), processes)
+        if based_on:
+            cfg.TRANSFER.TASK = ""
+            notes.append(f"On data of your own the results are those of no published task; the recipe is {based_on}'s.")
         notes += check_earlier_run(cfg, resume=args.resume)
     register_heads()
     cfg.freeze()
@@ -90,7 +96,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
         "train": [args.train_data] if args.train_data else list(cfg.DATASETS.TRAIN),
         "test": [args.val_data] if args.val_data else list(cfg.DATASETS.TEST),
     }
-    return Prepared(cfg, weights, num_gpus, auto_scaled, datasets, notes)
+    return Prepared(cfg, weights, num_gpus, auto_scaled, datasets, based_on, notes)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,15 +129,17 @@ def run(args: argparse.Namespace) -> None:
 
 def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float) -> RunRecord:
     """What results.json will say about a finished run."""
-    cfg, task = prepared.cfg, load_tasks().get(prepared.cfg.TRANSFER.TASK)
+    cfg = prepared.cfg
+    task = load_tasks().get(cfg.TRANSFER.TASK or prepared.based_on)
     metrics, installed = metric_names(scalars), d2.require()
     return RunRecord(
         task=cfg.TRANSFER.TASK,
+        based_on=prepared.based_on,
         recipe=task.recipe if task else "",
         label=label_of(cfg.TRANSFER.LABEL, cfg.TRANSFER.INIT, prepared.weights),
         weights=prepared.weights,
         metrics=with_masks(metrics) if cfg.MODEL.MASK_ON else metrics,
-        departures=departures(_published(cfg, prepared.weights), cfg) if task else [],
+        departures=departures(_published(cfg, prepared.weights), cfg),
         schedule=Schedule(
             iterations=cfg.SOLVER.MAX_ITER,
             batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -49,8 +49,9 @@ class RunRecord:
     """The contents of results.json but for what `write_results` adds itself.
 
     Attributes:
-        task: Id of the published task; "" for the user's own.
-        recipe: The task's recipe; "" for the user's own.
+        task: Id of the published task; "" on data of the user's own.
+        based_on: Id of the task whose recipe the user's own data were trained with; "" otherwise.
+        recipe: The task's recipe; "" if the config names no task.
         label: Name of the row.
         weights: What training started from.
         metrics: Per cent by the names of the published numbers ("box_AP50"); None where it is not a number.
@@ -64,6 +65,7 @@ class RunRecord:
     """
 
     task: str
+    based_on: str
     recipe: str
     label: str
     weights: WeightsRecord
@@ -81,7 +83,7 @@ def write_results(folder: Path, record: RunRecord) -> Path:
     """Write results.json into a run directory, atomically. Returns its path."""
     contents = {
         "schema": SCHEMA,
-        **{name: getattr(record, name) for name in ("task", "recipe", "label")},
+        **{name: getattr(record, name) for name in ("task", "based_on", "recipe", "label")},
         "weights": _weights(record.weights),
         "metrics": dict(record.metrics),
         "departures": list(record.departures),

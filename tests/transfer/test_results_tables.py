@@ -137,12 +137,37 @@ def test_a_supervised_run_of_another_protocol_is_no_baseline(tmp_path):
     assert table.rows_of("ours")[0].cells["box_AP"].difference is None
 
 
+def test_a_supervised_run_of_another_length_is_no_baseline_on_own_data(tmp_path):
+    _write(tmp_path / "a", {"box_AP": 56.5}, task="", recipe="moco")
+    _write(tmp_path / "b", {"box_AP": 5.0}, task="", recipe="moco", path=MSRA)
+    file = tmp_path / "b/results.json"
+    (table,) = _tables(tmp_path)
+    assert any(row.cells["box_AP"].difference is not None for row in table.rows_of("ours"))
+    shorter = json.loads(file.read_text())
+    shorter["schedule"]["iterations"] //= 2
+    file.write_text(json.dumps(shorter))
+    (table,) = _tables(tmp_path)
+    assert all(row.cells["box_AP"].difference is None for row in table.rows_of("ours"))
+
+
 def test_two_data_sets_of_the_users_own_never_share_a_table(tmp_path):
     for name in ("cats", "dogs"):
         _write(tmp_path / name, {"box_AP": 10.0}, task="", recipe="", label=name)
         file = tmp_path / name / "results.json"
         file.write_text(file.read_text().replace("voc_2007_test", name))
     assert [table.task for table in _tables(tmp_path)] == ["own data: cats", "own data: dogs"]
+
+
+def test_two_detectors_on_the_same_own_data_never_share_a_table(tmp_path):
+    for name in ("coco_maskrcnn_fpn_1x", "coco_retinanet_1x"):
+        _write(tmp_path / name, {"box_AP": 10.0}, task="", recipe="moco")
+        file = tmp_path / name / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"based_on": name}))
+    titles = [table.task for table in _tables(tmp_path)]
+    assert titles == [
+        "own data: voc_2007_test, trained as coco_maskrcnn_fpn_1x",
+        "own data: voc_2007_test, trained as coco_retinanet_1x",
+    ]
 
 
 def test_departures_of_two_supervised_runs_are_kept_apart(tmp_path):

@@ -14,6 +14,7 @@ WEIGHTS = WeightsRecord("detco.pkl", "ab" * 32, IMAGENET_RGB, {"method": "detco"
 def record(**changes: object) -> RunRecord:
     fields = {
         "task": "voc0712_fasterrcnn_c4_24k",
+        "based_on": "",
         "recipe": "c4_extra_norm",
         "label": "detco 200ep",
         "weights": WEIGHTS,
@@ -34,7 +35,7 @@ def test_results_file_holds_every_agreed_key(tmp_path: Path) -> None:
     assert path == tmp_path / "results.json"
     found = json.loads(path.read_text())
     assert set(found) == {
-        *("schema", "task", "recipe", "label", "weights", "metrics", "departures", "schedule", "datasets"),
+        *("schema", "task", "based_on", "recipe", "label", "weights", "metrics", "departures", "schedule", "datasets"),
         *("config_digest", "seed", "versions", "hardware", "hours", "finished"),
     }
     assert found["schema"] == 1

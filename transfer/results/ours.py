@@ -42,11 +42,14 @@ def _rank(item: Measurement) -> int:
 def own_baseline(measurements: Sequence[Measurement], ours: Measurement) -> Measurement | None:
     """Return our own supervised row that a row of ours is measured against, None if there is none.
 
-    It was fine-tuned on the same data with the same departures. MSRA's weights, which the papers use, go before others.
+    It was fine-tuned on the same data with the same departures, on as many images and with the same lr per image (which
+    Detectron2's scaling to other numbers of GPUs keeps). MSRA's weights, which the papers use, go before others.
     """
 
     def protocol(item: Measurement) -> tuple[object, ...]:
-        return item.first.departures, item.first.datasets
+        schedule = item.first.schedule
+        iterations, batch, lr = (schedule.get(key, 0) for key in ("iterations", "batch_size", "base_lr"))
+        return item.first.departures, item.first.datasets, iterations * batch, round(lr / max(batch, 1), 9)
 
     supervised = [
         item for item in measurements if identify(item.first).is_supervised and protocol(item) == protocol(ours)

@@ -126,8 +126,7 @@ def read_run(file: Path) -> Run:
     datasets = _optional(data, "datasets", {}, dict)
     return Run(
         path=file.parent,
-        # Data of the user's own have no published task; their results share a table if they were tested on the same.
-        task=_get(data, "task", str) or f"own data: {_words(datasets.get('test'))}",
+        task=_get(data, "task", str) or _own_task(datasets, _optional(data, "based_on", "", str)),
         recipe=_get(data, "recipe", str, type(None)) or None,
         label=_get(data, "label", str),
         weights_path=_get(weights, "path", str),
@@ -144,6 +143,11 @@ def read_run(file: Path) -> Run:
         hours=_optional(data, "hours", None, int, float),
         finished=_optional(data, "finished", "", str),
     )
+
+
+def _own_task(datasets: Mapping[str, Any], based_on: str) -> str:
+    """Return what stands for the task on data of the user's own: results share a table if test set and recipe agree."""
+    return f"own data: {_words(datasets.get('test'))}" + (f", trained as {based_on}" if based_on else "")
 
 
 def _get(data: Mapping[str, Any], key: str, *kinds: type) -> Any:
