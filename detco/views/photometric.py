@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -77,7 +78,8 @@ def draw_flip(prob: float, rng: np.random.Generator) -> Tensor:
 
 def draw_photometric(options: PhotometricOptions, rng: np.random.Generator) -> PhotometricParams:
     """Draw what happens to the colours of one view (host half). Only what will be applied is drawn."""
-    order, factors = np.arange(4), np.array([1.0, 1.0, 1.0, 0.0])
+    order: npt.NDArray[np.int64] = np.arange(4)
+    factors = np.array([1.0, 1.0, 1.0, 0.0])
     if rng.random() < options.jitter_prob:
         order = rng.permutation(4)
         strength = np.asarray(options.jitter, dtype=np.float64)
