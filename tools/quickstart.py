@@ -81,7 +81,7 @@ def run_stage(stage: Stage, log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-u", *stage.command]
-    print("  $ " + shlex.join(["python", *stage.command]), flush=True)
+    print("  $ " + shlex.join(["python", *stage.command]).replace(f"{ROOT}/", ""), flush=True)
     tail: list[str] = []
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
