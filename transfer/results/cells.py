@@ -8,7 +8,7 @@ MARK = "*"
 
 KIND_TITLES = {
     "published": "published",
-    "ours": "ours, published protocol",
+    "ours": "ours",
     "departed": "ours, other protocol: not comparable with published rows",
 }
 
