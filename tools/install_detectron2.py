@@ -11,7 +11,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shlex
@@ -294,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     for module, remedy in (("torch", "pip install torch torchvision"), ("pip", "python -m ensurepip")):
-        if importlib.util.find_spec(module) is None:
+        # Not find_spec: to look for the module pip makes setuptools hand out the standard library's distutils for good.
+        if not list(importlib.metadata.distributions(name=module)):
             say(f"{module} is not installed in {sys.executable}; first: {remedy}")
             return 1
     say(f"looking for a Detectron2 that works in {sys.executable}")
