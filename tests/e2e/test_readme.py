@@ -1,4 +1,4 @@
-"""Every command of the README runs, as it stands there, from the first to the last."""
+"""Every command of the README runs, from the first to the last; made small and for the CPU, without --auto-scale."""
 
 import re
 import subprocess
