@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer import d2
+from transfer.modeling import add_model_config
 from transfer.tasks import load_tasks, pairs
 
 d2.require()
@@ -29,8 +30,13 @@ def add_transfer_config(cfg: CfgNode) -> None:
     cfg.TRANSFER.INIT = "converted"
     # Name of the row in the results; "" takes method and epochs from the weights' provenance.
     cfg.TRANSFER.LABEL = ""
+    # How records become training samples: "" is Detectron2's DatasetMapper; see transfer/mappers.py.
+    cfg.TRANSFER.MAPPER = ""
+    # "sgd" is Detectron2's; see transfer/optimizer.py.
+    cfg.TRANSFER.OPTIMIZER = "sgd"
     # Detectron2's default, -1, is a different seed in every run, recorded nowhere.
     cfg.SEED = 0
+    add_model_config(cfg)
 
 
 def load_config(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNode:

@@ -13,7 +13,7 @@ import yaml
 from transfer import d2
 from transfer.config import config_digest, load_config
 from transfer.datasets import USER_VAL, check_datasets, register_datasets, register_user_dataset, register_user_datasets
-from transfer.modeling import register_heads
+from transfer.modeling import register_models
 from transfer.preflight import batch_notes, check_init, check_preprocess, check_processes
 from transfer.run_record import RunRecord, Schedule, label_of, metric_names, with_masks, write_results
 from transfer.scaling import auto_scale, refuse_silent_scaling
@@ -89,7 +89,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
             cfg.TRANSFER.TASK = ""
             notes.append(f"On data of your own the results are those of no published task; the recipe is {based_on}'s.")
         notes += check_earlier_run(cfg, resume=args.resume)
-    register_heads()
+    register_models()
     cfg.freeze()
     num_gpus = 0 if cfg.MODEL.DEVICE == "cpu" else processes
     datasets = {

@@ -11,6 +11,8 @@ from torch import nn
 from detco.distributed import broadcast_from_first
 from transfer import d2
 from transfer.evaluation import build_evaluator
+from transfer.mappers import build_mapper
+from transfer.optimizer import build_optimizer
 from transfer.preflight import WeightsDoNotFit, check_backbone_loaded
 from transfer.weights import WeightsRecord, read_record
 
@@ -18,6 +20,7 @@ d2.require()
 
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import build_detection_train_loader  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, hooks  # noqa: E402
 from detectron2.evaluation import DatasetEvaluator  # noqa: E402
 from detectron2.utils.events import EventWriter  # noqa: E402
@@ -131,6 +134,16 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """The evaluator that the dataset's metadata ask for; predictions go to OUTPUT_DIR/inference."""
         return build_evaluator(cfg, dataset_name, output_folder or f"{cfg.OUTPUT_DIR}/inference")
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's loader with the mapper of the config."""
+        return build_detection_train_loader(cfg, mapper=build_mapper(cfg))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of the config."""
+        return build_optimizer(cfg, model)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, and EqualBuffers right after PreciseBN, hence before the checkpoint and evaluation.

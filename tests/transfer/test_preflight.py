@@ -17,7 +17,8 @@ if d2.info() is None:
 from detectron2.modeling import build_model
 
 from transfer.config import load_config
-from transfer.modeling import Res5ROIHeadsExtraNorm, register_heads
+from transfer.modeling import register_models
+from transfer.modeling.res5_extra_norm import Res5ROIHeadsExtraNorm
 from transfer.preflight import (
     WeightsDoNotFit,
     backbone_tensors,
@@ -176,7 +177,7 @@ def test_detectron2_may_not_scale_without_being_asked() -> None:
 @pytest.fixture(scope="module")
 def names() -> dict[Path, list[str]]:
     """Tensor names of the four detectors, built on the meta device of their memory's cost only."""
-    register_heads()
+    register_models()
     found = {}
     for path in (VOC, MASK_C4, FPN, RETINANET):
         cfg = load_config(path, ["MODEL.DEVICE", "cpu"])
@@ -205,8 +206,8 @@ def test_c4_head_has_the_extra_norm_and_only_that_is_extra(names: dict[Path, lis
 
 
 def test_extra_norm_normalises_what_box_and_mask_branches_see() -> None:
-    register_heads()
-    register_heads()  # a second time must not fail
+    register_models()
+    register_models()  # a second time must not fail
     model = build_model(load_config(MASK_C4, ["MODEL.DEVICE", "cpu"]))
     heads = model.roi_heads
     assert type(heads) is Res5ROIHeadsExtraNorm

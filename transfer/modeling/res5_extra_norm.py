@@ -37,7 +37,7 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):  # type: ignore[misc]  # Detectron2 i
         return {**super().from_config(cfg, input_shape), "extra_norm": cfg.MODEL.RESNETS.NORM}
 
 
-def register_heads() -> None:
+def register() -> None:
     """Let MODEL.ROI_HEADS.NAME find our heads. Idempotent."""
     if Res5ROIHeadsExtraNorm.__name__ not in ROI_HEADS_REGISTRY:
         ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
