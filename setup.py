@@ -31,7 +31,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        # What Detectron2 imports when it comes from the PyPI route, which has no dependency list of its own.
+        # What Detectron2 imports when it comes from the PyPI route, which has no dependency list of its own, and what
+        # its evaluators and our Sparse R-CNN need. (LVIS's evaluator is installed by tools/install_detectron2.py.)
         "transfer": [
             "pycocotools",
             "tabulate",
@@ -44,14 +45,19 @@ setup(
             "black",
             "iopath<0.1.10",
             "packaging",
+            "cityscapesscripts",
+            "shapely",
+            "scipy",
         ],
-        "dev": ["pytest", "mypy", "ruff", "pre-commit", "types-PyYAML"],
+        "slurm": ["submitit"],
+        "dev": ["pytest", "mypy", "ruff", "pre-commit", "types-PyYAML", "submitit"],
     },
     entry_points={
         "console_scripts": [
             "detco-pretrain = pretrain.__main__:main",
             "convert-to-d2 = transfer.convert:main",
             "detco-transfer = transfer.train_net:main",
+            "detco-suite = transfer.suite.cli:main",
             "detco-results = transfer.results.cli:main",
             "detco-doctor = transfer.doctor:main",
         ]

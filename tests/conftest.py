@@ -1,9 +1,11 @@
 """Fixtures every test may use: real gloo processes, small real JPEGs."""
 
+import importlib.util
 import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -61,3 +63,18 @@ def photo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(PHOTO_COUNT):
         draw_photo(seed).save(folder / f"photo_{seed:03d}.jpg", quality=90)
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """`load_tool(name)` is the module tools/<name>.py, which lies in no package."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

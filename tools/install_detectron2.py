@@ -65,7 +65,11 @@ RUNTIME_DEPENDENCIES = (
     "black",
     "iopath<0.1.10",
     "packaging",
+    "cityscapesscripts",
+    "shapely",
+    "scipy",
 )
+LVIS = "lvis==0.5.3"  # the last on PyPI; transfer/d2.py bridges what it needs of old numpy
 
 EPILOG = """\
 examples:
@@ -254,6 +258,19 @@ def install_from_pypi(*, dry_run: bool) -> None:
         run(pip("install", "--quiet", "--no-index", "--no-deps", "--force-reinstall", str(wheel)), dry_run=False)
 
 
+def install_lvis(*, dry_run: bool) -> None:
+    """Add LVIS's evaluator if it is absent; without it everything else works.
+
+    Without its dependencies: it asks for opencv-python, which must not lie beside opencv-python-headless.
+    """
+    if list(importlib.metadata.distributions(name="lvis")):
+        return
+    try:
+        run(pip("install", "--quiet", "--no-deps", LVIS), dry_run=dry_run)
+    except RouteError as error:
+        say(f"{error}; LVIS cannot be evaluated, all other tasks can")
+
+
 ROUTES: dict[str, Callable[..., None]] = {"git": install_from_git, "pypi": install_from_pypi}
 
 
@@ -302,9 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = probe()
     if found["error"] is None and is_from(found, arguments.source):
         say(f"kept: {describe(found)}")
+        install_lvis(dry_run=arguments.dry_run)
         return 0
     say(found["error"] or f"found {describe(found)}, but --from {arguments.source} asks for another")
     if install(arguments.source, dry_run=arguments.dry_run):
+        install_lvis(dry_run=arguments.dry_run)
         return 0
     say("not installed. The lines above say what each route lacks; see upstream's INSTALL.md for other ways.")
     return 1

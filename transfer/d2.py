@@ -14,7 +14,8 @@ Every bridge is applied only if the sources that were found mention what it stan
 - `detectron2._C`: v0.5 imports the compiled extension unconditionally. Where it was not compiled, an empty module takes
   its place. Since 0.4 nms and roi_align come from torchvision, so only rotated boxes, deformable convolution and the
   fast COCOeval are lost.
-- `np.int`, `np.float`, `np.object`, `np.str` (gone in numpy 1.24) and `np.bool` (gone in 1.24, back in 2.0).
+- `np.int`, `np.float`, `np.object`, `np.str` (gone in numpy 1.24) and `np.bool` (gone in 1.24, back in 2.0); also for
+  lvis 0.5.3, the last on PyPI, which Detectron2 evaluates LVIS with.
 - `PIL.Image.LINEAR`, gone in Pillow 10; the same filter is called BILINEAR.
 - `pkg_resources`, gone in setuptools 81: Detectron2's `model_zoo` calls one function of it. It is removed again
   as soon as `model_zoo` is imported, so that no other library finds it.
@@ -126,6 +127,9 @@ def _silence_warnings() -> None:
 def _bridge_and_import(folder: Path) -> D2Info:
     _silence_warnings()
     mentions = _mentions(folder)
+    lvis = importlib.util.find_spec("lvis")  # Detectron2's LVIS loader and evaluator import it when they are used
+    if lvis is not None and lvis.origin is not None:
+        mentions |= _mentions(Path(lvis.origin).parent)
     bridges = _bridge_numpy(mentions) + _bridge_pillow(mentions)
     compiled, failure = _load_compiled()
     if not compiled and "unconditional _C" in mentions:

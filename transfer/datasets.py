@@ -30,6 +30,7 @@ USER_VAL = "user_val"
 SOURCE_SYNTAX = 'VOC "DIR:SPLIT", say voc:train; COCO "FILE.json" or "FILE.json:IMAGE_DIR"'
 
 LAYOUTS = {
+    "pct": "coco/subsets/train2017_<percent>pct_seed<SEED>.txt (python tools/make_coco_subsets.py ROOT --seeds SEED)",
     "coco": "coco/annotations/{instances,person_keypoints}_{train,val}2017.json, coco/{train,val}2017/*.jpg",
     "voc": "VOC2007/ and VOC2012/, each with Annotations/*.xml, JPEGImages/*.jpg, ImageSets/Main/<split>.txt",
     "lvis": "lvis/lvis_v1_{train,val}.json, images in coco/{train,val}2017/",
@@ -265,7 +266,10 @@ def _store(content: dict[str, Any], name: str) -> Path:
 def _missing_paths(name: str) -> list[str]:
     """Files and folders of a registered dataset that do not exist, as far as its metadata name them."""
     entry = MetadataCatalog.get(name)
-    keys = ("json_file", "panoptic_json", "image_root", "panoptic_root", "sem_seg_root", "image_dir", "gt_dir")
+    keys = [
+        *("json_file", "subset_file", "panoptic_json", "image_root", "panoptic_root"),
+        *("sem_seg_root", "image_dir", "gt_dir"),
+    ]
     named = [str(value) for value in (entry.get(key) for key in keys) if value]
     # "scheme://" is for Detectron2's PathManager to fetch.
     missing = [path for path in named if "://" not in path and not Path(path).exists()]

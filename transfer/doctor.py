@@ -36,9 +36,12 @@ LIBRARIES = {  # module: package
     "tensorboard": "tensorboard",
     "tabulate": "tabulate",
 }
-OPTIONAL = {  # module: (package, what it is for)
+OPTIONAL = {  # module: (what pip installs, what it is for)
     "cityscapesscripts": ("cityscapesscripts", "Cityscapes"),
-    "lvis": ("lvis", "LVIS"),
+    "shapely": ("shapely", "Cityscapes instances"),
+    "lvis": ("--no-deps lvis", "LVIS"),
+    "scipy": ("scipy", "Sparse R-CNN"),
+    "submitit": ("submitit", "detco-suite --launcher slurm"),
 }
 SMALL_DISK_GB = 5.0
 SMALL_SHM_GB = 1.0
@@ -151,11 +154,11 @@ def check_libraries() -> Check:
 
 def check_optional() -> Check:
     """Libraries that single tasks need."""
-    missing = {package: use for module, (package, use) in OPTIONAL.items() if not _imports(module)}
+    missing = [module for module in OPTIONAL if not _imports(module)]
     if missing:
-        text = "missing: " + ", ".join(f"{package} (for {use})" for package, use in missing.items())
-        return Check("optional", LIMITED, text, f"pip install {' '.join(missing)}")
-    return Check("optional", OK, ", ".join(package for package, _ in OPTIONAL.values()))
+        text = "missing: " + ", ".join(f"{module} (for {OPTIONAL[module][1]})" for module in missing)
+        return Check("optional", LIMITED, text, " && ".join(f"pip install {OPTIONAL[module][0]}" for module in missing))
+    return Check("optional", OK, ", ".join(OPTIONAL))
 
 
 def check_machine() -> Check:

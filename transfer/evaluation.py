@@ -24,11 +24,12 @@ from detectron2.evaluation import (  # noqa: E402
 )
 from detectron2.utils import comm  # noqa: E402
 
-# Packages that Detectron2's evaluators import when they are first used, thus after the training.
+# Packages that Detectron2's evaluators import when they are first used, thus after the training, and how to get them.
+# lvis without its dependencies: it asks for opencv-python, which must not be installed beside the headless one.
 _PACKAGES = {
-    "lvis": ("lvis",),
-    "cityscapes_instance": ("cityscapesscripts", "shapely"),
-    "cityscapes_sem_seg": ("cityscapesscripts",),
+    "lvis": {"lvis": "--no-deps lvis"},
+    "cityscapes_instance": {"cityscapesscripts": "cityscapesscripts", "shapely": "shapely"},
+    "cityscapes_sem_seg": {"cityscapesscripts": "cityscapesscripts"},
 }
 
 
@@ -88,6 +89,43 @@ def _write_xml(record: Mapping[str, Any], path: Path) -> None:
     ET.ElementTree(tree).write(path, encoding="unicode")
 
 
+def _coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    # Without the extension Detectron2 0.5 would fail after the inference, later versions warn.
+    fast, sigmas = d2.require().compiled, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    return COCOEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=fast, kpt_oks_sigmas=sigmas)
+
+
+EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
+    "coco": _coco,
+    "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
+    "voc_folder": lambda cfg, name, folder: VocFolderEvaluator(name),
+    "lvis": lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder),
+    "cityscapes_instance": lambda cfg, name, folder: CityscapesInstanceEvaluator(name),
+    "cityscapes_sem_seg": lambda cfg, name, folder: CityscapesSemSegEvaluator(name),
+    "sem_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
+}
+"""evaluator_type of a dataset's metadata -> (config, dataset name, folder for the predictions) -> evaluator."""
+
+
+def check_evaluator(dataset_name: str) -> None:
+    """Refuse a registered dataset that could not be evaluated after the training.
+
+    Raises:
+        ValueError: If the metadata have no evaluator_type, or one that this suite does not evaluate, or a package that
+            the evaluation needs is not installed.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise ValueError(
+            f"the dataset '{dataset_name}' has the evaluator_type {kind!r} in its metadata; this suite evaluates: "
+            f"{', '.join(EVALUATORS)}"
+        )
+    absent = [name for name in _PACKAGES.get(kind, {}) if importlib.util.find_spec(name) is None]
+    if absent:
+        remedy = " && ".join(f"pip install {_PACKAGES[kind][name]}" for name in absent)
+        raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs {' and '.join(absent)}: {remedy}")
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """The evaluator for a registered dataset, by the `evaluator_type` of its metadata.
 
@@ -97,32 +135,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         output_folder: Where COCO and LVIS evaluators write the predictions.
 
     Raises:
-        ValueError: If the metadata have no evaluator_type, or one that this suite does not evaluate, or a package that
-            the evaluation needs is not installed.
+        ValueError: As `check_evaluator`.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    # Without the extension Detectron2 0.5 would fail after the inference, later versions warn.
-    fast = d2.require().compiled
-    builders: dict[str, Callable[[], DatasetEvaluator]] = {
-        "coco": lambda: COCOEvaluator(
-            dataset_name,
-            output_dir=output_folder,
-            use_fast_impl=fast,
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        ),
-        "pascal_voc": lambda: PascalVOCDetectionEvaluator(dataset_name),
-        "voc_folder": lambda: VocFolderEvaluator(dataset_name),
-        "lvis": lambda: LVISEvaluator(dataset_name, output_dir=output_folder),
-        "cityscapes_instance": lambda: CityscapesInstanceEvaluator(dataset_name),
-        "cityscapes_sem_seg": lambda: CityscapesSemSegEvaluator(dataset_name),
-        "sem_seg": lambda: SemSegEvaluator(dataset_name, output_dir=output_folder),
-    }
-    if kind not in builders:
-        raise ValueError(
-            f"the dataset '{dataset_name}' has the evaluator_type {kind!r} in its metadata; this suite evaluates: "
-            f"{', '.join(builders)}"
-        )
-    missing = " ".join(name for name in _PACKAGES.get(kind, ()) if importlib.util.find_spec(name) is None)
-    if missing:
-        raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs {missing}: pip install {missing}")
-    return builders[kind]()
+    check_evaluator(dataset_name)
+    return EVALUATORS[MetadataCatalog.get(dataset_name).evaluator_type](cfg, dataset_name, output_folder)

@@ -15,8 +15,9 @@ from transfer.config import config_digest, load_config
 from transfer.datasets import USER_VAL, check_datasets, register_datasets, register_user_dataset, register_user_datasets
 from transfer.modeling import register_models
 from transfer.preflight import batch_notes, check_init, check_preprocess, check_processes
-from transfer.run_record import RunRecord, Schedule, label_of, metric_names, with_masks, write_results
+from transfer.run_record import RunRecord, Schedule, label_of, metric_names, with_heads, write_results
 from transfer.scaling import auto_scale, refuse_silent_scaling
+from transfer.subsets import describe_subsets, register_subsets
 from transfer.tasks import departures, is_same, load_init_values, load_tasks, pairs, show, value_at
 from transfer.trainer import TransferTrainer, device_of, load_detector
 from transfer.weights import WeightsRecord, read_record
@@ -75,6 +76,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     notes += check_processes(cfg, num_gpus=args.num_gpus, num_machines=args.num_machines, cuda_gpus=cuda_gpus)
     cfg.MODEL.DEVICE = device_of(cfg, num_gpus=args.num_gpus)
     register_datasets(args.datasets_root)
+    register_subsets(Path(args.datasets_root).expanduser(), cfg.SEED)
     notes += use_user_datasets(cfg, args.train_data, args.val_data, eval_only=args.eval_only)
     check_datasets([*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     check_classes_of_model(cfg)
@@ -132,13 +134,14 @@ def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float)
     cfg = prepared.cfg
     task = load_tasks().get(cfg.TRANSFER.TASK or prepared.based_on)
     metrics, installed = metric_names(scalars), d2.require()
+    heads = [name for name, on in (("mask", cfg.MODEL.MASK_ON), ("keypoint", cfg.MODEL.KEYPOINT_ON)) if on]
     return RunRecord(
         task=cfg.TRANSFER.TASK,
         based_on=prepared.based_on,
         recipe=task.recipe if task else "",
         label=label_of(cfg.TRANSFER.LABEL, cfg.TRANSFER.INIT, prepared.weights),
         weights=prepared.weights,
-        metrics=with_masks(metrics) if cfg.MODEL.MASK_ON else metrics,
+        metrics=with_heads(metrics, *heads),
         departures=departures(_published(cfg, prepared.weights), cfg),
         schedule=Schedule(
             iterations=cfg.SOLVER.MAX_ITER,
@@ -146,8 +149,10 @@ def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float)
             base_lr=cfg.SOLVER.BASE_LR,
             num_gpus=prepared.num_gpus,
             auto_scaled=prepared.auto_scaled,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         ),
         datasets=prepared.datasets,
+        subsets=describe_subsets(cfg.DATASETS.TRAIN),
         config_digest=config_digest(cfg, prepared.datasets),
         seed=cfg.SEED,
         hours=hours,

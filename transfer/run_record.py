@@ -22,7 +22,10 @@ from transfer.weights import WeightsRecord
 
 FILE_NAME = "results.json"
 SCHEMA = 1
-PREFIX_OF = {"bbox": "box", "segm": "mask"}
+# Detectron2's name of an evaluated task -> the published metrics' prefix. DensePose's AP is the geodesic one (GPS).
+PREFIX_OF = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "densepose_gps": "dp"}
+# Semantic segmentation has no prefix; Cityscapes' evaluator calls the mean over the classes IoU.
+SEM_SEG_NAMES = {"IoU": "mIoU", "mIoU": "mIoU", "iIoU": "iIoU", "mACC": "mACC", "pACC": "pACC"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Schedule:
         base_lr: Learning rate after warm-up.
         num_gpus: GPUs of all machines; 0 on the CPU.
         auto_scaled: Whether --auto-scale changed the published values.
+        weight_decay: Of all but the norm layers.
     """
 
     iterations: int
@@ -42,6 +46,7 @@ class Schedule:
     base_lr: float
     num_gpus: int
     auto_scaled: bool
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class RunRecord:
         departures: Where the config is not the published protocol, in sentences.
         schedule: See there.
         datasets: Names by "train" and "test".
+        subsets: Of each part of COCO that was trained on its list, number of images and digest of the ids.
         config_digest: Equal for repeated runs.
         seed: SEED.
         hours: Wall-clock time, all parts of a resumed run together.
@@ -73,6 +79,7 @@ class RunRecord:
     departures: Sequence[str]
     schedule: Schedule
     datasets: Mapping[str, Sequence[str]]
+    subsets: Mapping[str, Mapping[str, Any]]
     config_digest: str
     seed: int
     hours: float
@@ -89,6 +96,7 @@ def write_results(folder: Path, record: RunRecord) -> Path:
         "departures": list(record.departures),
         "schedule": asdict(record.schedule),
         "datasets": {name: list(values) for name, values in record.datasets.items()},
+        "subsets": {name: dict(subset) for name, subset in record.subsets.items()},
         "config_digest": record.config_digest,
         "seed": record.seed,
         "versions": {
@@ -112,28 +120,41 @@ def write_results(folder: Path, record: RunRecord) -> Path:
     return path
 
 
+def is_result(name: str) -> bool:
+    """Whether a scalar of Detectron2's storage is a result of an evaluation ("bbox/AP50")."""
+    return any(part in PREFIX_OF or part == "sem_seg" for part in name.split("/")[:-1])
+
+
 def metric_names(scalars: Mapping[str, float]) -> dict[str, float | None]:
     """Detectron2's evaluation scalars by the names of the published numbers.
 
     Args:
-        scalars: "bbox/AP", "segm/AP50", ...; with several test sets "voc_2007_test/bbox/AP". In per cent.
+        scalars: "bbox/AP", "segm/AP50", "sem_seg/IoU", ...; with several test sets "voc_2007_test/bbox/AP". Per cent.
 
     Returns:
-        "box_AP", "mask_AP50", ..., with several test sets "voc_2007_test/box_AP". Per-class values ("bbox/AP-cat") are
-        left out; NaN, which Detectron2 gives where there is nothing to find, becomes None.
+        "box_AP", "mask_AP50", "mIoU", ..., with several test sets "voc_2007_test/box_AP". Per-class values
+        ("bbox/AP-cat") are left out; NaN, which Detectron2 gives where there is nothing to find, becomes None.
     """
     named: dict[str, float | None] = {}
     for name, value in scalars.items():
         *dataset, task, metric = name.split("/")
         if task in PREFIX_OF and "-" not in metric:
-            named["/".join([*dataset, f"{PREFIX_OF[task]}_{metric}"])] = value if math.isfinite(value) else None
+            ours = f"{PREFIX_OF[task]}_{metric}"
+        elif task == "sem_seg" and metric in SEM_SEG_NAMES:
+            ours = SEM_SEG_NAMES[metric]
+        else:
+            continue
+        named["/".join([*dataset, ours])] = value if math.isfinite(value) else None
     return named
 
 
-def with_masks(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Metrics of a detector with a mask head: without any detection Detectron2 reports boxes only; None then."""
-    masks = {name.replace("box_", "mask_"): None for name in metrics if "box_" in name}
-    return {**masks, **metrics}
+def with_heads(metrics: Mapping[str, float | None], *prefixes: str) -> dict[str, float | None]:
+    """Metrics of a detector with further heads ("mask", "keypoint").
+
+    Without any detection Detectron2 reports boxes only; the others are None then.
+    """
+    absent = {name.replace("box_", f"{prefix}_"): None for prefix in prefixes for name in metrics if "box_" in name}
+    return {**absent, **metrics}
 
 
 def label_of(given: str, init: str, weights: WeightsRecord) -> str:

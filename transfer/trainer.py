@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transfer.evaluation import build_evaluator
 from transfer.mappers import build_mapper
 from transfer.optimizer import build_optimizer
 from transfer.preflight import WeightsDoNotFit, check_backbone_loaded
+from transfer.resuming import mend_last_checkpoint
+from transfer.run_record import is_result
 from transfer.weights import WeightsRecord, read_record
 
 d2.require()
@@ -23,6 +26,7 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import build_detection_train_loader  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, hooks  # noqa: E402
 from detectron2.evaluation import DatasetEvaluator  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.events import EventWriter  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -170,9 +174,15 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or load MODEL.WEIGHTS and insist on the whole backbone.
 
+        A last checkpoint that a kill has cut short is passed over for the newest whole one. Collective.
+
         Raises:
             WeightsDoNotFit: If a tensor of the backbone is not in MODEL.WEIGHTS.
         """
+        if resume and comm.is_main_process():
+            for note in mend_last_checkpoint(Path(self.cfg.OUTPUT_DIR)):
+                logger.warning(note)
+        comm.synchronize()
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume=True)
             logger.info("Resuming after iteration %d of %d.", self.start_iter, self.max_iter)
@@ -196,11 +206,7 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     def last_metrics(self) -> Mapping[str, float]:
         """Every scalar of the last evaluation, by Detectron2's names ("bbox/AP50"); empty on ranks but the first."""
         latest: dict[str, tuple[float, int]] = self.storage.latest()
-        return {name: value for name, (value, _) in latest.items() if _is_result(name)}
-
-
-def _is_result(name: str) -> bool:
-    return any(part in ("bbox", "segm") for part in name.split("/"))
+        return {name: value for name, (value, _) in latest.items() if is_result(name)}
 
 
 def device_of(cfg: CfgNode, *, num_gpus: int) -> str:

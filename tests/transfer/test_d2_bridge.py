@@ -34,6 +34,8 @@ def write_package(folder: Path, files: dict[str, str], name: str = "detectron2")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     (folder / "torch.py").touch()  # nothing here needs the real one, and it takes seconds
+    (folder / "lvis").mkdir(exist_ok=True)  # found before an installed one
+    (folder / "lvis" / "__init__.py").touch()
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -149,3 +151,10 @@ def test_an_extension_that_loads_counts_as_compiled(tmp_path: Path) -> None:
     write_package(tmp_path, {**PLAIN, **V05, "_C.py": "nms_rotated = 'real'"})
     code = REQUIRE + "from detectron2 import _C; print(json.dumps([info.compiled, _C.nms_rotated, len(info.bridges)]))"
     assert answer(code, tmp_path) == [True, "real", 2]
+
+
+def test_what_lvis_needs_of_old_numpy_is_bridged_too(tmp_path: Path) -> None:
+    write_package(tmp_path, PLAIN)
+    (tmp_path / "lvis" / "eval.py").write_text("import numpy as np\ndef evaluate(): return np.float(1)")
+    code = REQUIRE + "from lvis import eval; print(json.dumps([info.bridges, eval.evaluate()]))"
+    assert answer(code, tmp_path) == [["np.float"], 1.0]

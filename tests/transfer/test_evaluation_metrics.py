@@ -140,5 +140,5 @@ def test_an_unknown_evaluator_type_is_named_with_the_known_ones() -> None:
 def test_a_missing_package_is_named_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     MetadataCatalog.get("lvis_like").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="needs lvis: pip install lvis"):
+    with pytest.raises(ValueError, match="needs lvis: pip install --no-deps lvis"):
         build_evaluator(get_cfg(), "lvis_like", "")
