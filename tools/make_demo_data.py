@@ -1,9 +1,11 @@
-"""Draws small data sets for trying out the whole chain: unlabelled images, Pascal VOC and COCO.
+"""Draws small data sets for trying out the whole chain: unlabelled images, Pascal VOC, COCO, LVIS and Cityscapes.
 
 Writes into OUT, in the directory layouts of the real data sets:
     unlabelled/<shape>/*.jpg      for pretraining; the folders can serve as labels for probes
     VOC2007/ VOC2012/             trainval and, for 2007, test
-    coco/                         train2017/ val2017/ annotations/instances_{train,val}2017.json
+    coco/                         train2017/ val2017/, annotations/{instances,person_keypoints}_{train,val}2017.json
+    lvis/                         lvis_v1_{train,val}.json, of the images in coco/
+    cityscapes/                   leftImg8bit/{train,val}/<city>/, gtFine/{train,val}/<city>/
 So OUT is a value for $DETECTRON2_DATASETS, and OUT/unlabelled one for DATA.ROOT. On one machine the same seed gives the
 same bytes.
 """
@@ -16,12 +18,18 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import demo_layouts
+from demo_cityscapes import CITYSCAPES_SPLITS, write_cityscapes
+from demo_coco import COCO_SPLITS, Shot, draw_shots, instances
+from demo_keypoints import person_keypoints
+from demo_layouts import write_json
+from demo_lvis import lvis
+from demo_unlabelled import write_unlabelled
+from demo_voc import VOC2007_SPLITS, VOC2012_SPLITS, write_voc
 
 MARKER = ".detco_demo_data.json"
-FOLDERS = ("unlabelled", "VOC2007", "VOC2012", "coco")
-VERSION = 1
-"""To be raised when the same seed begins to give other bytes."""
+FOLDERS = ("unlabelled", "VOC2007", "VOC2012", "coco", "lvis", "cityscapes")
+VERSION = 2
+"""To be raised when the same seed begins to give other bytes, or more files."""
 
 EXAMPLES = """examples:
   python tools/make_demo_data.py datasets/demo
@@ -32,7 +40,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="Draw small data sets (unlabelled, VOC, COCO) for trying out the whole chain.",
+        description="Draw small data sets (unlabelled, VOC, COCO, LVIS, Cityscapes) for trying out the whole chain.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -73,22 +81,36 @@ def make_demo_data(out: Path, num_images: int, seed: int) -> None:
     marker.write_text(json.dumps({**settings, "complete": False}))
     _draw(out, num_images, seed)
     marker.write_text(json.dumps({**settings, "complete": True}))
-    print(f"{out}: {num_images} unlabelled images, VOC2007, VOC2012 and COCO")
+    print(f"{out}: {num_images} unlabelled images, VOC2007, VOC2012, COCO, LVIS and Cityscapes")
 
 
 def _draw(out: Path, num_images: int, seed: int) -> None:
-    voc2007 = {"trainval": demo_layouts.VOC2007_TRAINVAL, "test": demo_layouts.VOC2007_TEST}
-    voc2012 = {"trainval": demo_layouts.VOC2012_TRAINVAL}
-    train, val = demo_layouts.COCO_TRAIN_SPLIT, demo_layouts.COCO_VAL_SPLIT
-    total = num_images + sum(split.count for split in (*voc2007.values(), *voc2012.values(), train, val))
+    labelled = (VOC2007_SPLITS, VOC2012_SPLITS, COCO_SPLITS, CITYSCAPES_SPLITS)
+    total = num_images + sum(split.count for splits in labelled for split in splits.values())
     files = chain(
-        demo_layouts.write_unlabelled(out / "unlabelled", num_images, seed),
-        demo_layouts.write_voc(out / "VOC2007", 2007, voc2007, seed),
-        demo_layouts.write_voc(out / "VOC2012", 2012, voc2012, seed),
-        demo_layouts.write_coco(out / "coco", "train", train, seed),
-        demo_layouts.write_coco(out / "coco", "val", val, seed),
+        write_unlabelled(out / "unlabelled", num_images, seed),
+        write_voc(out / "VOC2007", 2007, VOC2007_SPLITS, seed),
+        write_voc(out / "VOC2012", 2012, VOC2012_SPLITS, seed),
+        _write_coco_and_lvis(out, seed),
+        *(write_cityscapes(out / "cityscapes", name, split, seed) for name, split in CITYSCAPES_SPLITS.items()),
     )
     _show_progress(files, total)
+
+
+def _write_coco_and_lvis(out: Path, seed: int) -> Iterator[Path]:
+    """Write the images of COCO and all annotations of them; yields each image file."""
+    shots: dict[str, list[Shot]] = {}
+    for name, split in COCO_SPLITS.items():
+        shots[name] = []
+        folder = out / f"coco/{name}2017"
+        for shot in draw_shots(folder, split, seed):
+            shots[name].append(shot)
+            yield folder / shot.image["file_name"]
+        annotations = out / "coco/annotations"
+        write_json(annotations / f"instances_{name}2017.json", instances(shots[name]))
+        write_json(annotations / f"person_keypoints_{name}2017.json", person_keypoints(shots[name]))
+    for name, content in lvis(shots["train"], shots["val"], seed).items():
+        write_json(out / "lvis" / f"lvis_v1_{name}.json", content)
 
 
 def _show_progress(files: Iterator[Path], total: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transfer import d2
+from transfer import d2, densepose
 from transfer.modeling import add_model_config
 from transfer.tasks import load_tasks, pairs
 
@@ -53,6 +53,8 @@ def load_config(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNo
         raise FileNotFoundError(f"no config file {config_file}; the suite's are in configs/transfer/")
     # Unlike Detectron2 we never load YAML that may run code.
     given = CfgNode.load_yaml_with_base(str(config_file), allow_unsafe=False)
+    if given.get("TRANSFER", {}).get("MAPPER") == densepose.MAPPER:
+        densepose.add_config(cfg)
     _refuse_unknown(cfg, [key for key, _ in pairs(given)], str(config_file))
     options = [word for word in overrides if word.startswith("--")]
     if options:

@@ -14,8 +14,8 @@ Every bridge is applied only if the sources that were found mention what it stan
 - `detectron2._C`: v0.5 imports the compiled extension unconditionally. Where it was not compiled, an empty module takes
   its place. Since 0.4 nms and roi_align come from torchvision, so only rotated boxes, deformable convolution and the
   fast COCOeval are lost.
-- `np.int`, `np.float`, `np.object`, `np.str` (gone in numpy 1.24) and `np.bool` (gone in 1.24, back in 2.0); also for
-  lvis 0.5.3, the last on PyPI, which Detectron2 evaluates LVIS with.
+- `np.int`, `np.float`, `np.object`, `np.str` (gone in numpy 1.24) and `np.bool` (gone in 1.24, back in 2.0), and
+  `np.in1d` (gone in 2.4): also for the evaluators' packages lvis 0.5.3 and cityscapesscripts 2.3.0, the last on PyPI.
 - `PIL.Image.LINEAR`, gone in Pillow 10; the same filter is called BILINEAR.
 - `pkg_resources`, gone in setuptools 81: Detectron2's `model_zoo` calls one function of it. It is removed again
   as soon as `model_zoo` is imported, so that no other library finds it.
@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 INSTALL_COMMAND = "python tools/install_detectron2.py"
 LOST_WITHOUT_COMPILED = "fast COCOeval, rotated boxes, deformable convolution"
@@ -127,9 +128,10 @@ def _silence_warnings() -> None:
 def _bridge_and_import(folder: Path) -> D2Info:
     _silence_warnings()
     mentions = _mentions(folder)
-    lvis = importlib.util.find_spec("lvis")  # Detectron2's LVIS loader and evaluator import it when they are used
-    if lvis is not None and lvis.origin is not None:
-        mentions |= _mentions(Path(lvis.origin).parent)
+    for package in ("lvis", "cityscapesscripts"):  # Detectron2's evaluators import them when they are used
+        spec = importlib.util.find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            mentions |= _mentions(Path(location))
     bridges = _bridge_numpy(mentions) + _bridge_pillow(mentions)
     compiled, failure = _load_compiled()
     if not compiled and "unconditional _C" in mentions:
@@ -149,7 +151,7 @@ def _bridge_and_import(folder: Path) -> D2Info:
 
 
 _MENTIONS = re.compile(
-    r"\b(?P<numpy>np\.(?:int|float|object|str|bool))\b"
+    r"\b(?P<numpy>np\.(?:int|float|object|str|bool|in1d))\b"
     r"|\b(?P<linear>Image\.LINEAR)\b"
     r"|^(?P<pkg>import pkg_resources)\b"
     r"|\b(?P<alias>" + re.escape(CITYSCAPES_ALIAS) + r")\b",
@@ -173,9 +175,13 @@ def _mentions(folder: Path) -> set[str]:
 def _bridge_numpy(mentions: set[str]) -> list[str]:
     import numpy as np  # lazy: this module is imported for --help too
 
-    missing = [name for name in NUMPY_ALIASES if f"np.{name}" in mentions and name not in vars(np)]
+    def in1d(array: Any, values: Any, assume_unique: bool = False, invert: bool = False) -> Any:
+        return np.isin(np.ravel(array), values, assume_unique=assume_unique, invert=invert)
+
+    aliases = {**NUMPY_ALIASES, "in1d": in1d}
+    missing = [name for name in aliases if f"np.{name}" in mentions and name not in vars(np)]
     for name in missing:
-        setattr(np, name, NUMPY_ALIASES[name])
+        setattr(np, name, aliases[name])
     return ["/".join(f"np.{name}" for name in missing)] if missing else []
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transfer import d2
+from transfer import cityscapes, d2, densepose
 
 d2.require()
 
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.evaluation import (  # noqa: E402
-    CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
@@ -100,8 +99,9 @@ EVALUATORS: dict[str, Callable[[CfgNode, str, str], DatasetEvaluator]] = {
     "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
     "voc_folder": lambda cfg, name, folder: VocFolderEvaluator(name),
     "lvis": lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder),
-    "cityscapes_instance": lambda cfg, name, folder: CityscapesInstanceEvaluator(name),
+    "cityscapes_instance": lambda cfg, name, folder: cityscapes.InstanceEvaluator(name),
     "cityscapes_sem_seg": lambda cfg, name, folder: CityscapesSemSegEvaluator(name),
+    "densepose": densepose.build_evaluator,
     "sem_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
 }
 """evaluator_type of a dataset's metadata -> (config, dataset name, folder for the predictions) -> evaluator."""

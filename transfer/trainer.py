@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from detco.distributed import broadcast_from_first
-from transfer import d2
+from transfer import d2, densepose
 from transfer.evaluation import build_evaluator
 from transfer.mappers import build_mapper
 from transfer.optimizer import build_optimizer
@@ -142,7 +142,16 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's loader with the mapper of the config."""
+        if cfg.TRANSFER.MAPPER == densepose.MAPPER:
+            return densepose.build_train_loader(cfg)
         return build_detection_train_loader(cfg, mapper=build_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's loader for one dataset."""
+        if cfg.TRANSFER.MAPPER == densepose.MAPPER:
+            return densepose.build_test_loader(cfg, dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

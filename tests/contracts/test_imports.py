@@ -13,7 +13,7 @@ USES_DETECTRON2 = tuple(
     for name in (
         *("d2.py", "modeling/", "datasets.py", "evaluation.py", "parity.py"),
         *("train_net.py", "finetune.py", "trainer.py", "scaling.py", "config.py"),
-        *("mappers.py", "optimizer.py", "densepose.py", "subsets.py"),
+        *("mappers.py", "optimizer.py", "densepose.py", "subsets.py", "cityscapes.py"),
     )
 )
 """The rest of transfer works without it: naming, sources, conversion, tasks, preflight, results."""

@@ -34,8 +34,9 @@ def write_package(folder: Path, files: dict[str, str], name: str = "detectron2")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     (folder / "torch.py").touch()  # nothing here needs the real one, and it takes seconds
-    (folder / "lvis").mkdir(exist_ok=True)  # found before an installed one
-    (folder / "lvis" / "__init__.py").touch()
+    for package in ("lvis", "cityscapesscripts"):  # found before installed ones
+        (folder / package).mkdir(exist_ok=True)
+        (folder / package / "__init__.py").touch()
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -153,8 +154,13 @@ def test_an_extension_that_loads_counts_as_compiled(tmp_path: Path) -> None:
     assert answer(code, tmp_path) == [True, "real", 2]
 
 
-def test_what_lvis_needs_of_old_numpy_is_bridged_too(tmp_path: Path) -> None:
+def test_what_the_evaluators_packages_need_of_old_numpy_is_bridged_too(tmp_path: Path) -> None:
     write_package(tmp_path, PLAIN)
     (tmp_path / "lvis" / "eval.py").write_text("import numpy as np\ndef evaluate(): return np.float(1)")
-    code = REQUIRE + "from lvis import eval; print(json.dumps([info.bridges, eval.evaluate()]))"
-    assert answer(code, tmp_path) == [["np.float"], 1.0]
+    uses = "import numpy as np\ndef evaluate(): return np.in1d([[1, 2], [3, 4]], [2, 3], invert=True).tolist()"
+    (tmp_path / "cityscapesscripts" / "instances.py").write_text(uses)
+    code = REQUIRE + "from lvis import eval; from cityscapesscripts import instances\n"
+    code += "print(json.dumps([info.bridges, eval.evaluate(), instances.evaluate()]))"
+    bridges, number, found = answer(code, tmp_path)
+    assert bridges[0].startswith("np.float")
+    assert (number, found) == (1.0, [True, False, False, True])
