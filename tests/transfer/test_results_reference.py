@@ -13,6 +13,7 @@ from transfer.results.published import published_rows
 from transfer.results.reference import REFERENCE_FILE, Noise, ReferenceDataError, load_reference, parse_reference
 from transfer.results.runs import Run
 from transfer.results.table import Legend
+from transfer.tasks import load_tasks
 
 # The brackets of DetCo (arXiv:2102.04803 v2), Tables 2 and 3, as printed: box AP, AP50, AP75, mask AP, AP50, AP75.
 PRINTED = {
@@ -43,12 +44,15 @@ def _data():
     return yaml.safe_load(REFERENCE_FILE.read_text(encoding="utf-8"))
 
 
-def _run(path="w.pkl", **provenance):
+def _run(
+    path="w.pkl", *, label="ours", task="voc0712_fasterrcnn_c4_24k", recipe="c4_extra_norm", decay=None, **provenance
+):
     return Run(
         path="run",
-        task="voc0712_fasterrcnn_c4_24k",
-        recipe="c4_extra_norm",
-        label="ours",
+        task=task,
+        recipe=recipe,
+        label=label,
+        schedule={} if decay is None else {"weight_decay": decay},
         weights_path=path,
         weights_sha256="00",
         provenance=provenance,
@@ -70,9 +74,51 @@ def test_all_published_numbers_are_there_and_valid():
     assert all(reference.sources[row.source] and reference.papers[row.paper].citation for row in reference.results)
 
 
-def test_every_task_of_the_data_has_a_published_row():
+def test_a_task_has_a_published_row_or_is_ours_alone():
     reference = load_reference()
-    assert {row.task for row in reference.results} == set(reference.tasks)
+    published = {(row.task, row.recipe) for row in reference.results}
+    ours = load_tasks().values()
+    assert {task.id for task in ours} <= set(reference.tasks)
+    assert {task.recipe for task in ours} <= set(reference.recipes)
+    for task in ours:
+        assert ((task.id, task.recipe) in published) != bool(task.unpublished), task.name
+    unpublished = set(reference.tasks) - {task for task, _ in published}
+    assert unpublished <= {task.id for task in ours if task.unpublished}
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "method", "epochs", "number"),
+    [
+        ("cityscapes_maskrcnn_fpn_24k", "moco", "DetCo", 200, ("mask_AP50", 63.2)),
+        ("cityscapes_semseg_fcn16s_90k", "moco", "supervised_in1k", 90, ("mIoU", 74.6)),
+        ("coco_sparsercnn_300pro_3x", "sparsercnn", "DetCo", 200, ("box_APl", 59.7)),
+        ("coco_densepose_fpn_s1x", "densepose_legacy", "DetCo", 200, ("dp_AP50", 87.7)),
+        ("coco_keypoint_fpn_2x", "moco", "DetCo", 200, ("keypoint_AP75", 73.4)),
+        ("coco50_maskrcnn_fpn_1x", "4conv1fc", "SoCo*", 400, ("box_AP", 40.1)),
+        ("lvis1_maskrcnn_fpn_2x", "4conv1fc", "SoCo*", 400, ("mask_AP", 26.9)),
+        ("minicoco_maskrcnn_fpn_5pct", "4conv1fc", "SoCo", 100, ("box_AP", 24.6)),
+    ],
+)
+def test_the_recipe_of_our_task_finds_the_published_rows(task, recipe, method, epochs, number):
+    rows = load_reference().rows(task, recipe)
+    (row, *others) = [row for row in rows if (row.pretrain_method, row.pretrain_epochs) == (method, epochs)]
+    assert row.metrics[number[0]] == number[1]
+    assert all(other.metrics == row.metrics for other in others)
+
+
+def test_the_supervised_row_on_all_of_coco_is_no_row_of_the_half():
+    assert [row.pretrain_method for row in load_reference().rows("coco50_maskrcnn_fpn_1x", "4conv1fc")] == ["SoCo*"]
+
+
+def test_a_row_that_two_tables_print_is_found_in_both():
+    rows = [row for row in load_reference().results if row.also_in]
+    assert len(rows) == 135
+    for row in rows:
+        again = row.printed_in("DetCo-v1", row.also_in["table"])
+        assert again.metrics == row.metrics
+        assert again.source == "detco_readme"
+        assert row.printed_in(row.paper, row.table) is row
+        assert row.printed_in("DetCo-v1", "Table 99") is None
 
 
 @pytest.mark.parametrize("task", PRINTED)
@@ -139,6 +185,8 @@ def test_rows_without_numbers_say_why():
         ("recipe", "mocco", "recipe 'mocco'"),
         ("pretrain_epochs", 0, "pretrain_epochs 0"),
         ("colour", "red", "unknown keys ['colour']"),
+        ("also_in", {"paper": "DetCo-v1", "table": "Table 3"}, "also_in ['paper', 'table']"),
+        ("also_in", {"paper": "nobody", "table": "Table 3", "source": "detco_readme"}, "also_in.paper 'nobody'"),
     ],
 )
 def test_a_wrong_entry_is_named(key, value, message):
@@ -186,7 +234,7 @@ def test_provenance_names_the_published_row(provenance, method, variant):
 def test_every_name_that_the_rules_give_exists_in_the_published_rows():
     names = load_names()
     published = {(row.pretrain_method, row.variant) for row in load_reference().results}
-    for rule in (*names["rules"], *names["weights"]):
+    for rule in (*names["rules"], *names["released"], *names["weights"]):
         assert (rule["published"]["pretrain_method"], rule["published"].get("variant")) in published
 
 
@@ -205,6 +253,66 @@ def test_every_name_that_the_rules_give_exists_in_the_published_rows():
 )
 def test_weights_that_are_not_the_published_ones_say_why(provenance, reason):
     assert reason in identify(_run(**{"rand_augment": False, **provenance})).obstacle
+
+
+VOUCHED = "somebody's weights, imagenet-1K"
+
+
+@pytest.mark.parametrize(
+    ("method", "published"),
+    [
+        ("moco_v1", "MoCo v1"),
+        ("moco_v2", "MoCo v2"),
+        ("swav", "SwAV"),
+        ("densecl", "DenseCL"),
+        ("pixpro", "PixPro"),
+        ("insloc", "InsLoc"),
+    ],
+)
+def test_a_released_checkpoint_is_compared_if_its_user_vouches_for_the_images(method, published):
+    identity = identify(_run(label=VOUCHED, method=method, epochs=800, source={"kind": "checkpoint"}))
+    assert (identity.pretrain_method, identity.epochs, identity.obstacle) == (published, 800, None)
+    doubted = identify(_run(method=method, epochs=800, source={"kind": "checkpoint"}))
+    assert doubted.pretrain_method == published
+    assert "on which images" in doubted.obstacle
+
+
+def test_a_released_checkpoint_without_epochs_or_of_an_unknown_method_is_compared_with_nothing():
+    assert "how many epochs" in identify(_run(label=VOUCHED, method="byol")).obstacle
+    assert "method 'dino'" in identify(_run(label=VOUCHED, method="dino", epochs=800)).obstacle
+    # DetCo's own files do not tell which of the two checkpoints they are.
+    assert identify(_run(label=VOUCHED, method="detco", epochs=200)).pretrain_method is None
+
+
+def test_weights_of_this_suite_need_their_own_record_whatever_the_label_says():
+    identity = identify(_run(label=VOUCHED, method="moco_v2", epochs=200, dataset=IMAGENET))
+    assert "does not say rand_augment" in identity.obstacle
+
+
+@pytest.mark.parametrize(
+    ("variant", "task", "recipe", "decay", "published"),
+    [
+        ("SoCo_FPN", "coco_maskrcnn_fpn_1x", "4conv1fc", 2.5e-5, "SoCo"),
+        ("SoCo_FPN_Star", "coco_maskrcnn_fpn_1x", "4conv1fc", 2.5e-5, "SoCo*"),
+        ("SoCo_FPN", "coco_maskrcnn_fpn_1x", "4conv1fc", 1e-4, None),
+        ("SoCo_FPN", "coco_maskrcnn_fpn_1x", "moco", 2.5e-5, None),
+        ("SoCo_C4", "coco_maskrcnn_fpn_1x", "4conv1fc", 2.5e-5, None),
+        ("SoCo_C4", "coco_maskrcnn_c4_1x", "c4_extra_norm", 2.5e-5, "SoCo"),
+        ("SoCo_C4", "voc0712_fasterrcnn_c4_24k", "c4_extra_norm", 1e-4, "SoCo"),
+        ("SoCo_FPN", "voc0712_fasterrcnn_c4_24k", "c4_extra_norm", 1e-4, None),
+    ],
+)
+def test_a_soco_checkpoint_is_its_published_row_only_under_the_published_settings(
+    variant, task, recipe, decay, published
+):
+    run = _run(label=VOUCHED, task=task, recipe=recipe, decay=decay, method="soco", epochs=400, variant=variant)
+    assert identify(run).pretrain_method == published
+
+
+def test_torchvisions_weights_are_the_published_ones_of_sparse_rcnn_alone():
+    path = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    assert identify(_run(path=path, recipe="sparsercnn")).pretrain_method == "supervised_in1k"
+    assert identify(_run(path=path, recipe="moco")).pretrain_method == "supervised_in1k (torchvision)"
 
 
 def test_weights_known_by_their_address_need_no_provenance():

@@ -83,6 +83,7 @@ def test_unfinished_runs_below_a_folder_are_named_beside_the_finished_ones(tmp_p
         (json.dumps(_content(seed=True)), "'seed' is True"),
         (json.dumps(_content(departures=[3])), "not text"),
         (json.dumps(_content(hours="long")), "'hours' is 'long'"),
+        (json.dumps(_content(subsets={"coco_2017_train_1pct": {"sha256": "00"}})), "'subsets' has"),
     ],
 )
 def test_malformed_files_are_refused_with_the_reason(tmp_path, text, message):

@@ -1,17 +1,10 @@
-"""Tables and the command line: comparisons, separation of recipes and protocols, and every output format."""
+"""Tables of one task: comparisons, separation of recipes and protocols, and what their notes tell."""
 
-import csv
-import io
 import json
-import re
-import subprocess
-import sys
 
 import pytest
 
 from transfer.results.cells import difference, whole
-from transfer.results.cli import main
-from transfer.results.markup import escape_latex, escape_markdown
 from transfer.results.reference import load_reference
 from transfer.results.repeats import group_repeats
 from transfer.results.runs import find_runs
@@ -251,156 +244,53 @@ def test_letters_go_on_after_z():
     assert legend.note("3") == "d"
 
 
-def _runs(tmp_path):
-    for seed in range(3):
-        _write(tmp_path / f"s{seed}", {"box_AP": 55.0 + seed / 10, "box_AP50": 82.0}, seed=seed, label="50%_a|b & [c]")
-    _write(tmp_path / "sup", {"box_AP": 53.4, "box_AP50": 81.2}, path=MSRA, label="supervised")
-    _write(tmp_path / "quick", {"box_AP": 0.4}, departures=[DEPARTURE], label="[quick]")
-    return tmp_path
+def _with_decay(folder, decay):
+    file = folder / "results.json"
+    content = json.loads(file.read_text())
+    content["schedule"]["weight_decay"] = decay
+    content["config_digest"] += str(decay)
+    file.write_text(json.dumps(content))
 
 
-def _printed(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
+def test_a_weight_decay_that_is_not_the_usual_one_is_told(tmp_path):
+    for name, decay in (("usual", 1e-4), ("low", 2.5e-5)):
+        _write(tmp_path / name, {"box_AP": 40.0}, task=FPN, recipe="4conv1fc", label=name)
+        _with_decay(tmp_path / name, decay)
+    (table,) = _tables(tmp_path)
+    notes = {row.name: dict(table.notes)[row.notes[0]] for row in table.rows_of("ours")}
+    assert "weight decay 2.5e-05" in notes["low"]
+    assert "weight decay" not in notes["usual"]
 
 
-def test_text_is_aligned_and_fits_the_terminal(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path))
-    lines = text.splitlines()
-    assert max(map(len, lines)) <= 120
-    ours = next(line for line in lines if line.startswith("> 50%_a|b & [c]"))
-    below = lines[lines.index(ours) + 1]
-    published = next(line for line in lines if line.startswith("  DetCo  ") and " 200 " in line)
-    assert ours.index("55.1*(+1.7)") == published.index("57.8 (+4.3)")
-    assert "3 runs" in below
-    assert below.index("\u00b10.1") == ours.index("55.1")
-    assert next(line for line in lines if line.startswith("~ [quick]"))
+def test_a_supervised_row_with_another_weight_decay_is_taken_last_and_named(tmp_path):
+    _write(tmp_path / "ours", {"box_AP": 43.0}, task=FPN, recipe="4conv1fc")
+    _with_decay(tmp_path / "ours", 2.5e-5)
+    _write(tmp_path / "usual", {"box_AP": 39.7}, task=FPN, recipe="4conv1fc", path=MSRA, label="supervised")
+    (table,) = _tables(tmp_path)
+    ours = next(row for row in table.rows_of("ours") if row.name == "ours")
+    assert difference(ours.cells["box_AP"]) == "(+3.3)"
+    assert "Our supervised row has weight decay 0.0001, this one 2.5e-05." in dict(table.notes)[ours.notes[0]]
+    # Found after the other one, so that not the order decides.
+    _write(tmp_path / "with-low", {"box_AP": 39.0}, task=FPN, recipe="4conv1fc", path=MSRA, label="supervised low")
+    _with_decay(tmp_path / "with-low", 2.5e-5)
+    (table,) = _tables(tmp_path)
+    ours = next(row for row in table.rows_of("ours") if row.name == "ours")
+    assert difference(ours.cells["box_AP"]) == "(+4.0)"
+    assert "Our supervised row" not in dict(table.notes)[ours.notes[0]]
 
 
-@pytest.mark.parametrize("task", load_reference().tasks)
-def test_the_published_rows_of_every_task_fit_the_terminal(task, capsys):
-    text = _printed(capsys, "--task", task)
-    assert max(map(len, text.splitlines())) <= 120
-
-
-def test_markdown_has_equal_columns_in_every_line(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--format", "md")
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    columns = [len(re.split(r"(?<!\\)\|", line)) for line in rows]
-    assert set(columns) == {len(["pretraining", "epochs", "AP", "AP50", "AP75", "notes"]) + 2}
-    assert re.fullmatch(r"(\| :?-+:? )+\|", rows[1])
-    assert any(line.startswith(r"| **50%\_a\|b & \[c\] (3 runs)** (ours) | 200 | **55.1") for line in rows)
-
-
-def test_latex_is_escaped_and_balanced(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--format", "latex")
-    assert r"\textbf{50\%\_a\textbar{}b \& [c] (3 runs)}" in text
-    assert r"{[quick]} &" in text  # else LaTeX reads the bracket as an argument of the line end
-    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
-    rows = [line for line in body.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
-    assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {6}
-    plain = re.sub(r"\\[{}]", "", text)
-    assert plain.count("{") == plain.count("}")
-    assert "\u00b1" not in text
-    assert text.isascii()
-
-
-def test_escapes():
-    assert escape_latex(r"a_b%&#{}~^\$") == (r"a\_b\%\&\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\$")
-    assert escape_markdown("a_b*c|d[e]") == r"a\_b\*c\|d\[e\]"
-
-
-def test_csv_has_one_row_per_number(tmp_path, capsys):
-    rows = list(csv.DictReader(io.StringIO(_printed(capsys, _runs(tmp_path), "--format", "csv"))))
-    ours = [row for row in rows if row["kind"] == "ours" and row["pretraining"].startswith("50%")]
-    assert [row["metric"] for row in ours] == ["box_AP", "box_AP50"]
-    assert float(ours[0]["value"]) == pytest.approx(55.1)
-    assert float(ours[0]["std"]) == pytest.approx(0.1)
-    assert ours[0]["seeds"] == "0; 1; 2"
-    assert float(ours[0]["difference_to_supervised"]) == pytest.approx(1.7)
-    assert ours[0]["outside_noise"] == "true"
-    published = [row for row in rows if row["kind"] == "published"]
-    assert {(row["paper"], row["table"]) for row in published} >= {("DetCo", "Table 9")}
-    assert [row["departures"] for row in rows if row["kind"] == "departed"] == [DEPARTURE]
-
-
-def test_json_holds_the_same_and_what_was_left_out(tmp_path, capsys):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "results.json").write_text("{")
-    content = json.loads(_printed(capsys, _runs(tmp_path), "--format", "json"))
-    assert (content["format"], content["schema"]) == ("detco-results", 1)
-    (table,) = content["tables"]
-    ours = next(row for row in table["rows"] if row["kind"] == "ours" and row["epochs"] == 200)
-    assert ours["cells"]["box_AP"]["value"] == pytest.approx(55.1)
-    assert ours["cells"]["box_AP"]["outside_noise"] is True
-    assert [run["seed"] for run in ours["runs"]] == [0, 1, 2]
-    assert set(ours["notes"]) <= set(table["notes"])
-    assert all(str(number) in table["citations"] for row in table["rows"] for number in row["citations"])
-    assert "not JSON" in content["left_out"][0]["reason"]
-
-
-def test_what_is_left_out_is_named_on_standard_error(tmp_path, capsys):
-    _write(tmp_path / "good", {"box_AP": 50.0})
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "results.json").write_text("{}")
-    assert main([str(tmp_path)]) == 0
-    error = capsys.readouterr().err
-    assert "bad" in error
-    assert "schema is None" in error
-
-
-def test_nothing_usable_is_exit_code_two(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "error: none of the given paths holds a finished run" in capsys.readouterr().err
-    assert main([]) == 2
-    assert "name run directories" in capsys.readouterr().err
-
-
-def test_an_unknown_task_gets_the_nearest_one(capsys):
-    assert main(["--task", "coco_retinanet_1xx"]) == 2
-    assert "did you mean coco_retinanet_1x?" in capsys.readouterr().err
-
-
-def test_a_task_without_our_runs_is_told_apart_from_an_unknown_one(tmp_path, capsys):
-    _write(tmp_path, {"box_AP": 50.0})
-    assert main([str(tmp_path), "--recipe", "moco"]) == 2
-    assert f"{VOC} (c4_extra_norm)" in capsys.readouterr().err
-
-
-def test_no_reference_leaves_the_published_rows_out(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--no-reference")
-    assert "published --" not in text
-    assert "InsDis" not in text
-    assert "55.1 (+1.7)" in text
-
-
-def test_the_suffix_of_the_file_chooses_the_format(tmp_path, capsys):
-    _write(tmp_path / "run", {"box_AP": 50.0})
-    for suffix, start in ((".md", "###"), (".tex", "% needs"), (".csv", "task,"), (".json", "{"), (".txt", "VOC")):
-        file = tmp_path / f"out{suffix}"
-        assert main([str(tmp_path / "run"), "-o", str(file)]) == 0
-        assert file.read_text(encoding="utf-8").startswith(start)
-    assert main([str(tmp_path / "run"), "-o", str(tmp_path / "out.pdf")]) == 2
-    assert "add --format" in capsys.readouterr().err
-
-
-def test_list_tasks_counts_the_published_rows(capsys):
-    lines = _printed(capsys, "--list-tasks").splitlines()[1:]
-    assert sum(int(line.split()[1]) for line in lines) == 471
-
-
-def test_a_console_without_the_sign_gets_another_one(tmp_path):
-    _runs(tmp_path)
-    command = [sys.executable, "-m", "transfer.results.cli", str(tmp_path)]
-    result = subprocess.run(
-        command, capture_output=True, check=True, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
-    )
-    assert b"+-0.1" in result.stdout
-
-
-def test_the_program_starts_without_torch_and_detectron2():
-    code = "import sys, transfer.results.cli; print([name for name in ('torch', 'detectron2') if name in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
-    )
-    assert result.stdout.strip() == "[]"
+def test_repeats_on_subsets_say_that_each_saw_its_own_images(tmp_path):
+    for seed in range(2):
+        _write(tmp_path / str(seed), {"box_AP": 9.0 + seed}, task="coco_retinanet_1pct_12k", recipe="moco", seed=seed)
+        file = tmp_path / str(seed) / "results.json"
+        content = json.loads(file.read_text())
+        content["datasets"]["train"] = ["coco_2017_train_1pct"]
+        content["subsets"] = {"coco_2017_train_1pct": {"images": 1183, "sha256": str(seed)}}
+        file.write_text(json.dumps(content))
+    (table,) = _tables(tmp_path)
+    (row,) = table.rows_of("ours")
+    assert row.num_runs == 2
+    note = dict(table.notes)[row.notes[0]]
+    assert "each with its own images" in note
+    assert "coco_2017_train_1pct (1,183 images)" in note
+    assert any("repeats over subsets" in remark for remark in table.remarks)

@@ -1,12 +1,15 @@
 """Numbers as readers see them: "39.8", "39.8 (+0.9)", with one decimal as in the papers."""
 
-from transfer.results.table import Cell, Row, Table
+import math
+
+from transfer.results.table import Cell, Row
 
 PLUS_MINUS = "\u00b1"
 NOTHING = "-"
 MARK = "*"
 
 KIND_TITLES = {
+    "quoted": "published, other recipes: not comparable with the rows below",
     "published": "published",
     "ours": "ours",
     "departed": "ours, other protocol: not comparable with published rows",
@@ -14,8 +17,8 @@ KIND_TITLES = {
 
 
 def number(value: float) -> str:
-    """Return a value with one decimal."""
-    return f"{value:.1f}"
+    """Return a value with one decimal, "NaN" for none."""
+    return "NaN" if math.isnan(value) else f"{value:.1f}"
 
 
 def difference(cell: Cell) -> str:
@@ -31,12 +34,21 @@ def mark(cell: Cell) -> str:
     return MARK if cell.is_outside else ""
 
 
-def whole(cell: Cell | None, plus_minus: str = PLUS_MINUS) -> str:
-    """Return everything about a number in one string, e.g. "39.8 +- 0.2* (+0.9)" with the given sign."""
+def whole(cell: Cell | None, *, with_difference: bool = True) -> str:
+    """Return everything about a number in one string, e.g. "39.8 +- 0.2* (+0.9)"."""
     if cell is None:
         return NOTHING
-    spread = f" {plus_minus} {number(cell.std)}" if cell.std is not None else ""
-    return " ".join(filter(None, (f"{number(cell.value)}{spread}{mark(cell)}", difference(cell))))
+    spread = f" {PLUS_MINUS} {number(cell.std)}" if cell.std is not None else ""
+    bracket = difference(cell) if with_difference else ""
+    return " ".join(filter(None, (f"{number(cell.value)}{spread}{mark(cell)}", bracket)))
+
+
+def runs(row: Row) -> str:
+    """Return the number of our runs, e.g. "3 runs" or, where columns have different ones, "1-3 runs"; "" for one."""
+    counts = {len(measurement.runs) for measurement in row.measurements}
+    if max(counts, default=0) < 2:
+        return ""
+    return f"{max(counts)} runs" if len(counts) == 1 else f"{min(counts)}-{max(counts)} runs"
 
 
 def epochs(row: Row) -> str:
@@ -48,9 +60,3 @@ def pointers(row: Row) -> str:
     """Return the citations and notes of a row, e.g. "[1,3] a,b"."""
     cited = f"[{','.join(str(citation) for citation in row.citations)}]" if row.citations else ""
     return " ".join(filter(None, (cited, ",".join(row.notes))))
-
-
-def subtitle(table: Table, recipes: str | None) -> str:
-    """Return task id and recipe, with what the recipe is."""
-    recipe = table.recipe if table.recipe is not None else "not stated"
-    return f"task {table.task}, recipe {recipe}" + (f": {recipes}" if recipes else "")

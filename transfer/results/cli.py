@@ -2,32 +2,38 @@
 
 import argparse
 import difflib
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transfer.results import markup, records, text
 from transfer.results.cells import PLUS_MINUS
+from transfer.results.listing import choose_tables, list_tables, list_tasks
+from transfer.results.paper_layout import build_paper_table, measurements_in
+from transfer.results.paper_tables import PaperTable, load_paper_tables
 from transfer.results.reference import Reference, load_reference
-from transfer.results.repeats import group_repeats
-from transfer.results.runs import LeftOut, find_runs
+from transfer.results.repeats import Measurement, group_repeats
+from transfer.results.runs import LeftOut, Run, find_runs
 from transfer.results.table import Table
 from transfer.results.tables import NO_RECIPE, build_tables
 
-Render = Callable[[Sequence[Table], Reference, Sequence[LeftOut]], str]
+Render = Callable[[Sequence[Table], Reference, Sequence[LeftOut], int], str]
 
 FORMATS: dict[str, Render] = {
-    "text": lambda tables, reference, left_out: text.render(tables, reference),
-    "md": lambda tables, reference, left_out: markup.render_markdown(tables, reference),
-    "latex": lambda tables, reference, left_out: markup.render_latex(tables, reference),
-    "csv": lambda tables, reference, left_out: records.render_csv(tables),
-    "json": records.render_json,
+    "text": lambda tables, reference, left_out, width: text.render(tables, width),
+    "md": lambda tables, reference, left_out, width: markup.render_markdown(tables),
+    "latex": lambda tables, reference, left_out, width: markup.render_latex(tables),
+    "csv": lambda tables, reference, left_out, width: records.render_csv(tables),
+    "json": lambda tables, reference, left_out, width: records.render_json(tables, reference, left_out),
 }
 SUFFIXES = {".txt": "text", ".md": "md", ".tex": "latex", ".csv": "csv", ".json": "json"}
+WIDTH = 120  # of text that does not go to a terminal
 
 EPILOG = """examples:
   detco-results output/transfer                                    every finished run below a folder
   detco-results output/voc_* --task voc0712_fasterrcnn_c4_24k -o voc.tex
+  detco-results --layout paper --table detco/3 output/transfer     a table of a paper with our rows below
 """
 
 
@@ -65,13 +71,36 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"only this recipe, {NO_RECIPE!r} for results that state none; may be repeated (default: all)",
     )
+    what.add_argument(
+        "--layout",
+        choices=("task", "paper"),
+        default="task",
+        help="a table per task and recipe, or the papers' tables (default: task)",
+    )
+    what.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="with --layout paper: only this table, e.g. detco/3, soco/5 (5a to 5d) or soco/5a; may be repeated "
+        "(default: those in which RUNS have a place)",
+    )
     what.add_argument("--no-reference", action="store_true", help="leave the published rows out (default: show them)")
     what.add_argument(
         "--list-tasks", action="store_true", help="print task ids with their number of published rows, and stop"
     )
+    what.add_argument(
+        "--list-tables", action="store_true", help="print the ids of the papers' tables with their tasks, and stop"
+    )
     how = parser.add_argument_group("how to write it")
     how.add_argument(
         "--format", choices=sorted(FORMATS), help="output format (default: by the suffix of FILE, text on the console)"
+    )
+    how.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help=f"characters per line of text, at least {text.NARROWEST} (default: those of the terminal, else {WIDTH})",
     )
     how.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file (default: standard output)")
     return parser
@@ -85,29 +114,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        content = list_tasks(load_reference()) if arguments.list_tasks else _report(arguments)
+        if arguments.list_tasks:
+            content = list_tasks(load_reference())
+        elif arguments.list_tables:
+            content = list_tables(load_paper_tables())
+        else:
+            content = _report(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return _write(content, arguments.output)
 
 
-def list_tasks(reference: Reference) -> str:
-    """Return one line per task: id, number of published rows, recipes, title."""
-    width = max(map(len, reference.tasks))
-    lines = [f"{'task'.ljust(width)}  rows  title (published rows per recipe)"]
-    for task, title in reference.tasks.items():
-        counts = {recipe: len(reference.rows(task, recipe)) for recipe in reference.recipes_of(task)}
-        recipes = ", ".join(f"{recipe or 'not stated'} {count}" for recipe, count in counts.items())
-        lines.append(f"{task.ljust(width)}  {sum(counts.values()):4d}  {title} ({recipes})")
-    return "\n".join(lines) + "\n"
-
-
 def _report(arguments: argparse.Namespace) -> str:
     """Return the tables in the chosen format; what is left out is named on standard error."""
     chosen = _format(arguments.format, arguments.output)
-    if not arguments.runs and (not arguments.task or arguments.no_reference):
-        raise UsageError("name run directories, or a --task to see its published rows alone (--list-tasks lists them)")
+    width = _width(arguments.width, arguments.output)
+    _check(arguments)
     reference = load_reference()
     runs, left_out = find_runs(arguments.runs)
     measurements, duplicates = group_repeats(runs)
@@ -116,6 +139,28 @@ def _report(arguments: argparse.Namespace) -> str:
         print(f"left out: {item.path}: {item.reason}", file=sys.stderr)
     if arguments.runs and not runs:
         raise UsageError("none of the given paths holds a finished run; detco-transfer writes results.json at its end")
+    report = _paper_report if arguments.layout == "paper" else _task_report
+    return FORMATS[chosen](report(arguments, reference, runs, measurements), reference, left_out, width)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if the arguments ask for nothing, or for things that do not go together."""
+    if arguments.layout == "paper":
+        if arguments.task or arguments.recipe:
+            raise UsageError("--task and --recipe choose tables of one task; with --layout paper use --table ID")
+        if not arguments.runs and (not arguments.table or arguments.no_reference):
+            raise UsageError("name run directories, or a --table to see its published rows (--list-tables lists them)")
+        return
+    if arguments.table:
+        raise UsageError("--table names a table of a paper; add --layout paper")
+    if not arguments.runs and (not arguments.task or arguments.no_reference):
+        raise UsageError("name run directories, or a --task to see its published rows alone (--list-tasks lists them)")
+
+
+def _task_report(
+    arguments: argparse.Namespace, reference: Reference, runs: Sequence[Run], measurements: Sequence[Measurement]
+) -> list[Table]:
+    """Return one table per task and recipe."""
     known = dict.fromkeys([*reference.tasks, *(run.task for run in runs)])
     for task in arguments.task:
         if task not in known:
@@ -129,10 +174,54 @@ def _report(arguments: argparse.Namespace) -> str:
         recipes=arguments.recipe,
         with_published=not arguments.no_reference,
     )
+    if not tables and not runs:
+        raise UsageError(f"nothing is published for {', '.join(arguments.task)} as asked; name run directories")
     if not tables:
-        found = ", ".join(sorted({f"{run.task} ({run.recipe or NO_RECIPE})" for run in runs})) or "none"
-        raise UsageError(f"no results for this task and recipe; tasks (recipes) of the given runs: {found}")
-    return FORMATS[chosen](tables, reference, left_out)
+        raise UsageError(f"no results for this task and recipe; tasks (recipes) of the given runs: {_tasks_of(runs)}")
+    return tables
+
+
+def _paper_report(
+    arguments: argparse.Namespace, reference: Reference, runs: Sequence[Run], measurements: Sequence[Measurement]
+) -> list[Table]:
+    """Return the papers' tables: those asked for, else those in which the runs have a place."""
+    known = load_paper_tables()
+    try:
+        chosen = choose_tables(known, arguments.table)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    joined = [table for table in chosen if measurements_in(table, measurements)]
+    if not arguments.table and not joined:
+        raise UsageError(f"no table of the papers has columns for the given runs: {_tasks_of(runs)}; try --layout task")
+    if arguments.table and runs:
+        for table in chosen:
+            if table not in joined:
+                print(f"{table.id}: {_needed(table)}; of the given runs: {_tasks_of(runs)}", file=sys.stderr)
+    return [
+        build_paper_table(table, reference, measurements, with_published=not arguments.no_reference)
+        for table in (chosen if arguments.table else joined)
+    ]
+
+
+def _needed(table: PaperTable) -> str:
+    """Return which tasks and recipes a table takes."""
+    taken = [f"{group.task} ({group.recipe or NO_RECIPE})" for group in table.groups if not group.nearest]
+    return f"takes runs of {', '.join(taken)}" if taken else "takes no runs, its numbers are not Detectron2's"
+
+
+def _tasks_of(runs: Sequence[Run]) -> str:
+    return ", ".join(sorted({f"{run.task} ({run.recipe or NO_RECIPE})" for run in runs})) or "none"
+
+
+def _width(chosen: int | None, output: Path | None) -> int:
+    """Return the characters per line: as asked, else those of the terminal, if text goes to one."""
+    if chosen is not None:
+        if chosen < text.NARROWEST:
+            raise UsageError(f"--width is {chosen}, at least {text.NARROWEST} are needed")
+        return chosen
+    if output is not None or not sys.stdout.isatty():
+        return WIDTH
+    return max(text.NARROWEST, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def _format(chosen: str | None, output: Path | None) -> str:

@@ -60,7 +60,7 @@ def identify(run: Run) -> Identity:
     names = load_names()
     path = run.weights_path.split("?")[0]
     for known in names["weights"]:
-        if path == known["path"]:
+        if path == known["path"] and _is_so(known.get("when", {}), run):
             return Identity(known["published"]["pretrain_method"], None, None, None)
     epochs = _epochs(run.provenance)
     method = setting(run.provenance, "method")
@@ -68,6 +68,8 @@ def identify(run: Run) -> Identity:
         return Identity(None, None, epochs, "the weights file does not say how it was pretrained")
     needed = dict.fromkeys(name for rule in names["rules"] for name in rule["ours"] if name not in names["defaults"])
     if lacking := [name for name in needed if setting(run.provenance, name) is None]:
+        if not isinstance(run.provenance.get("dataset"), Mapping):  # not of this suite, whose weights name it
+            return _released(run, str(method), epochs, names)
         return Identity(None, None, epochs, f"the weights file does not say {' and '.join(lacking)}")
     for rule in names["rules"]:
         if _holds(rule["ours"], run.provenance, names["defaults"]):
@@ -75,6 +77,26 @@ def identify(run: Run) -> Identity:
             obstacle = _obstacle(str(method), epochs, run.provenance, names)
             return Identity(published["pretrain_method"], published.get("variant"), epochs, obstacle)
     return Identity(None, None, epochs, f"no published row is known for method {method!r} with these settings")
+
+
+def _released(run: Run, method: str, epochs: float | None, names: Mapping[str, Any]) -> Identity:
+    """Return what a released checkpoint of another project is called, comparable only if its user vouches for it."""
+    for rule in names["released"]:
+        if _holds(rule["ours"], run.provenance, {}) and _is_so(rule.get("when", {}), run):
+            word = names["vouched_by"]
+            obstacle = None
+            if epochs is None:
+                obstacle = "the checkpoint does not say for how many epochs it was pretrained"
+            elif word.lower() not in run.label.lower():
+                obstacle = f"the checkpoint does not say on which images it was pretrained, and the label not {word!r}"
+            return Identity(rule["published"]["pretrain_method"], None, epochs, obstacle)
+    return Identity(None, None, epochs, f"no published row is known for a released checkpoint of method {method!r}")
+
+
+def _is_so(when: Mapping[str, Any], run: Run) -> bool:
+    """Whether task, recipe and weight decay of a run are as a rule wants them."""
+    facts = {"task": run.task, "recipe": run.recipe, "weight_decay": run.schedule.get("weight_decay")}
+    return all(facts[name] == value for name, value in when.items())
 
 
 def setting(provenance: Mapping[str, Any], name: str) -> Any:

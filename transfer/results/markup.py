@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 from transfer.results import cells
-from transfer.results.reference import Reference
 from transfer.results.table import KINDS, Row, Table
 
 _LATEX = {
@@ -37,25 +36,28 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text).replace("\n", " ")
 
 
-def render_markdown(tables: Sequence[Table], reference: Reference) -> str:
+def render_markdown(tables: Sequence[Table]) -> str:
     """Return all tables as GitHub Markdown: our rows are bold."""
-    return "\n\n".join(_markdown_table(table, reference) for table in tables) + "\n"
+    return "\n\n".join(_markdown_table(table) for table in tables) + "\n"
 
 
-def _markdown_table(table: Table, reference: Reference) -> str:
+def _markdown_table(table: Table) -> str:
     heads = ["pretraining", "epochs", *(table.heads[metric] for metric in table.metrics), "source, notes"]
     lines = [
-        f"### {escape_markdown(table.title)}",
+        f"### {escape_markdown(titled(table))}",
         "",
-        escape_markdown(cells.subtitle(table, reference.recipes.get(table.recipe or ""))),
+        escape_markdown("; ".join(table.about)),
         "",
         _markdown_line([escape_markdown(head) for head in heads]),
         _markdown_line([":---", "---:", *("---:" for _ in table.metrics), ":---"]),
     ]
     lines += [_markdown_line(_markdown_cells(table, row)) for kind in KINDS for row in table.rows_of(kind)]
-    lines += ["", *(f"- {escape_markdown(remark)}" for remark in table.remarks)]
+    remarks = table.all_remarks if table.shows_differences else table.remarks
+    lines += ["", *(f"- {escape_markdown(remark)}" for remark in remarks)]
     if table.rows_of("departed"):
         lines.append(f"- Rows named in italics: {escape_markdown(cells.KIND_TITLES['departed'])}.")
+    if table.rows_of("quoted"):
+        lines.append(f"- Rows marked as quoted: {escape_markdown(cells.KIND_TITLES['quoted'])}.")
     lines += [f"- \\[{number}\\] {escape_markdown(text)}" for number, text in table.citations]
     lines += [f"- ({letter}) {escape_markdown(text)}" for letter, text in table.notes]
     return "\n".join(lines)
@@ -63,40 +65,53 @@ def _markdown_table(table: Table, reference: Reference) -> str:
 
 def _markdown_cells(table: Table, row: Row) -> list[str]:
     name = escape_markdown(row.name)
-    if row.num_runs > 1:
-        name += f" ({row.num_runs} runs)"
-    numbers = [escape_markdown(cells.whole(row.cells.get(metric))) for metric in table.metrics]
+    if cells.runs(row):
+        name += f" ({cells.runs(row)})"
+    numbers = [escape_markdown(text) for text in _numbers(table, row)]
     if row.kind == "ours":
         name, numbers = f"**{name}** (ours)", [f"**{text}**" for text in numbers]
     elif row.kind == "departed":
         name = f"*{name}* (ours, other protocol)"
+    elif row.kind == "quoted":
+        name += " (quoted)"
     cited = f"\\[{','.join(str(citation) for citation in row.citations)}\\]" if row.citations else ""
     noted = f"({','.join(row.notes)})" if row.notes else ""
     return [name, cells.epochs(row), *numbers, " ".join(filter(None, (cited, noted)))]
+
+
+def titled(table: Table) -> str:
+    """Return the title, of a paper's table with its id before it."""
+    return f"{table.id}: {table.title}" if table.id else table.title
+
+
+def _numbers(table: Table, row: Row) -> list[str]:
+    """Return the cells of the columns in one string each."""
+    return [cells.whole(row.cells.get(key), with_difference=table.shows_differences) for key in table.metrics]
 
 
 def _markdown_line(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def render_latex(tables: Sequence[Table], reference: Reference) -> str:
+def render_latex(tables: Sequence[Table]) -> str:
     r"""Return all tables as LaTeX for `\input`; the document needs booktabs, graphicx and fontenc with T1."""
     head = "% needs \\usepackage{booktabs}, \\usepackage{graphicx} and \\usepackage[T1]{fontenc}\n"
-    return head + "\n\n".join(_latex_table(table, reference) for table in tables) + "\n"
+    return head + "\n\n".join(_latex_table(table) for table in tables) + "\n"
 
 
-def _latex_table(table: Table, reference: Reference) -> str:
-    heads = ["pretraining", "epochs", *(table.heads[metric] for metric in table.metrics), ""]
-    subtitle = escape_latex(cells.subtitle(table, reference.recipes.get(table.recipe or "")))
-    label = re.sub(r"[^a-z0-9]+", "-", f"{table.task}-{table.recipe or 'none'}".lower())
+def _latex_table(table: Table) -> str:
+    heads = ["pretraining", "epochs", *(head for group in table.groups for head in group.heads.values()), ""]
+    subtitle = escape_latex("; ".join(table.about))
+    label = re.sub(r"[^a-z0-9]+", "-", (table.id or f"{table.task}-{table.recipe or 'none'}").lower())
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(table.title)} ({subtitle})}}",
+        rf"\caption{{{escape_latex(titled(table))} ({subtitle})}}",
         rf"\label{{tab:{label}}}",
         r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{lr{'l' * len(table.metrics)}l}}",
         r"\toprule",
+        *_latex_groups(table),
         " & ".join(escape_latex(head) for head in heads) + r" \\",
     ]
     for kind in KINDS:
@@ -106,16 +121,30 @@ def _latex_table(table: Table, reference: Reference) -> str:
             lines += [r"\midrule", title]
             lines += [" & ".join(_latex_cells(table, row)) + r" \\" for row in rows]
     lines += [r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize"]
-    legend = [escape_latex(remark) for remark in table.remarks]
+    remarks = table.all_remarks if table.shows_differences else table.remarks
+    legend = [escape_latex(remark) for remark in remarks]
     legend += [rf"[{number}] {escape_latex(text)}" for number, text in table.citations]
     legend += [rf"\textsuperscript{{{letter}}}\,{escape_latex(text)}" for letter, text in table.notes]
     return "\n".join([*lines, "\\par\n".join(legend), r"\end{table}"])
 
 
+def _latex_groups(table: Table) -> list[str]:
+    """Return the line of group titles with a rule below each, nothing if no group has a title."""
+    if not any(group.title for group in table.groups):
+        return []
+    titles, rules, first = [], [], 3
+    for group in table.groups:
+        last = first + len(group.heads) - 1
+        titles.append(rf"\multicolumn{{{len(group.heads)}}}{{c}}{{{escape_latex(group.title)}}}")
+        rules.append(rf"\cmidrule(lr){{{first}-{last}}}")
+        first = last + 1
+    return [f" & & {' & '.join(titles)} & \\\\", " ".join(rules)]
+
+
 def _latex_cells(table: Table, row: Row) -> list[str]:
-    name = escape_latex(row.name) + (f" ({row.num_runs} runs)" if row.num_runs > 1 else "")
+    name = escape_latex(row.name) + (f" ({cells.runs(row)})" if cells.runs(row) else "")
     # A minus sign, not a hyphen, before a difference.
-    numbers = [escape_latex(cells.whole(row.cells.get(metric))).replace("(-", "($-$") for metric in table.metrics]
+    numbers = [escape_latex(text).replace("(-", "($-$") for text in _numbers(table, row)]
     if row.kind == "ours":
         name, numbers = rf"\textbf{{{name}}}", [rf"\textbf{{{text}}}" for text in numbers]
     else:

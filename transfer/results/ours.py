@@ -2,19 +2,25 @@
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from transfer.results.identity import Identity, identify
+from transfer.results.published import citation
 from transfer.results.reference import SUPERVISED, Noise, Reference
 from transfer.results.repeats import Measurement
-from transfer.results.runs import Run, common_value, data_of
+from transfer.results.runs import Run, common_value, data_of, is_on_subset, trained_on
 from transfer.results.table import Cell, Legend, Row
 
 
 def our_rows(
-    reference: Reference, measurements: Sequence[Measurement], published: Sequence[Row], legend: Legend
+    reference: Reference,
+    measurements: Sequence[Measurement],
+    published: Sequence[Row],
+    legend: Legend,
+    *,
+    where: str = "",
 ) -> list[Row]:
     """Return our rows that follow the published protocol, then those that depart from it.
 
@@ -23,15 +29,27 @@ def our_rows(
         measurements: Ours, all of one task and recipe.
         published: Rows that ours may be compared with; empty for no comparison.
         legend: Takes the notes.
+        where: What the notes begin with, to tell the columns that they belong to.
     """
-    measurements = sorted(measurements, key=_rank)  # stable: the order given within a rank
+    measurements = sorted(measurements, key=rank)  # stable: the order given within a rank
     following = [item for item in measurements if not item.first.departures]
     departing = [item for item in measurements if item.first.departures]
-    rows = [_following_row(reference, item, own_baseline(following, item), published, legend) for item in following]
-    return rows + [_departing_row(item, own_baseline(departing, item), legend) for item in departing]
+    usual = reference.usual_weight_decay
+    rows = []
+    supervised = supervised_of(following)
+    for item in following:
+        baseline = own_baseline(supervised, item, usual)
+        told = f"{where}{_conditions(item, usual)}{_baseline_note(item, baseline, usual)}"
+        rows.append(_following_row(reference, item, baseline, published, legend, told))
+    supervised = supervised_of(departing)
+    for item in departing:
+        baseline = own_baseline(supervised, item, usual)
+        told = f"{where}{_conditions(item, usual)}{_baseline_note(item, baseline, usual)}"
+        rows.append(_departing_row(item, baseline, legend, told))
+    return rows
 
 
-def _rank(item: Measurement) -> int:
+def rank(item: Measurement) -> int:
     """Return the place of a row: random init, supervised, the rest, as in the papers."""
     identity = identify(item.first)
     if identity.pretrain_method == "random_init":
@@ -39,11 +57,28 @@ def _rank(item: Measurement) -> int:
     return 1 if identity.is_supervised else 2
 
 
-def own_baseline(measurements: Sequence[Measurement], ours: Measurement) -> Measurement | None:
+def weight_decay(item: Measurement, usual: float) -> float:
+    """Return the weight decay of the fine-tuning; runs that do not record it used the usual one."""
+    return float(item.first.schedule.get("weight_decay", usual))
+
+
+def supervised_of(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurements of supervised weights."""
+    return [item for item in measurements if identify(item.first).is_supervised]
+
+
+def own_baseline(supervised: Sequence[Measurement], ours: Measurement, usual: float) -> Measurement | None:
     """Return our own supervised row that a row of ours is measured against, None if there is none.
 
     It was fine-tuned on the same data with the same departures, on as many images and with the same lr per image (which
-    Detectron2's scaling to other numbers of GPUs keeps). MSRA's weights, which the papers use, go before others.
+    Detectron2's scaling to other numbers of GPUs keeps). One with the same weight decay goes before one with another
+    (SoCo's 2.5e-5 is measured against supervised rows with the usual one), then MSRA's weights, which the papers use,
+    before others.
+
+    Args:
+        supervised: Where to look for it.
+        ours: The row.
+        usual: Weight decay of runs that do not record theirs.
     """
 
     def protocol(item: Measurement) -> tuple[object, ...]:
@@ -51,11 +86,22 @@ def own_baseline(measurements: Sequence[Measurement], ours: Measurement) -> Meas
         iterations, batch, lr = (schedule.get(key, 0) for key in ("iterations", "batch_size", "base_lr"))
         return item.first.departures, item.first.datasets, iterations * batch, round(lr / max(batch, 1), 9)
 
-    supervised = [
-        item for item in measurements if identify(item.first).is_supervised and protocol(item) == protocol(ours)
-    ]
-    exact = [item for item in supervised if identify(item.first).pretrain_method == SUPERVISED]
-    return next(iter(exact + supervised), None)
+    wanted = protocol(ours)
+    alike = [item for item in supervised if protocol(item) == wanted]
+    own = weight_decay(ours, usual)
+
+    def distance(item: Measurement) -> tuple[bool, bool]:
+        return weight_decay(item, usual) != own, identify(item.first).pretrain_method != SUPERVISED
+
+    return min(alike, key=distance, default=None)
+
+
+def _baseline_note(ours: Measurement, baseline: Measurement | None, usual: float) -> str:
+    """Return what to say if the supervised row has another weight decay, else ""."""
+    if baseline is None or identify(ours.first).is_supervised:
+        return ""
+    own, other = weight_decay(ours, usual), weight_decay(baseline, usual)
+    return "" if own == other else f" Our supervised row has weight decay {other:g}, this one {own:g}."
 
 
 def _cells(ours: Measurement, baseline: Measurement | None) -> dict[str, Cell]:
@@ -73,7 +119,12 @@ def _cells(ours: Measurement, baseline: Measurement | None) -> dict[str, Cell]:
 
 
 def _following_row(
-    reference: Reference, ours: Measurement, baseline: Measurement | None, published: Sequence[Row], legend: Legend
+    reference: Reference,
+    ours: Measurement,
+    baseline: Measurement | None,
+    published: Sequence[Row],
+    legend: Legend,
+    told: str,
 ) -> Row:
     identity = identify(ours.first)
     cells = _cells(ours, baseline)
@@ -83,21 +134,21 @@ def _following_row(
     if twin:
         noise = reference.noise_of(ours.first.task)
         cells = {metric: _compared(metric, cell, twin, noise) for metric, cell in cells.items()}
-    comparison = _comparison(reference, identity, cells, twin) if published else ""
+    comparison = _comparison(reference, identity, cells, twin, legend) if published else ""
     if ours.first.task not in reference.tasks:
         comparison = f"Data: {data_of(ours.first)}."
-    note = legend.note(f"{_conditions(ours)} {comparison}".strip())
-    return Row("ours", ours.first.label, identity.epochs, cells, notes=(note,), measurement=ours)
+    note = legend.note(f"{told} {comparison}".strip())
+    return Row("ours", ours.first.label, identity.epochs, cells, notes=(note,), measurements=(ours,))
 
 
-def _departing_row(ours: Measurement, baseline: Measurement | None, legend: Legend) -> Row:
+def _departing_row(ours: Measurement, baseline: Measurement | None, legend: Legend, told: str) -> Row:
     departures = "; ".join(ours.first.departures)
     notes = (
-        legend.note(f"{_conditions(ours)} Data: {data_of(ours.first)}."),
+        legend.note(f"{told} Data: {data_of(ours.first)}."),
         legend.note(f"Departs from the published protocol, so it is compared with no published number: {departures}."),
     )
     epochs = identify(ours.first).epochs
-    return Row("departed", ours.first.label, epochs, _cells(ours, baseline), notes=notes, measurement=ours)
+    return Row("departed", ours.first.label, epochs, _cells(ours, baseline), notes=notes, measurements=(ours,))
 
 
 def _compared(metric: str, cell: Cell, twin: Row, noise: Noise | None) -> Cell:
@@ -116,7 +167,9 @@ def _compared(metric: str, cell: Cell, twin: Row, noise: Noise | None) -> Cell:
     )
 
 
-def _comparison(reference: Reference, identity: Identity, cells: dict[str, Cell], twin: Row | None) -> str:
+def _comparison(
+    reference: Reference, identity: Identity, cells: dict[str, Cell], twin: Row | None, legend: Legend
+) -> str:
     """Return a sentence on how the row compares with the published one."""
     if identity.obstacle:
         return f"Not compared with a published row: {identity.obstacle}."
@@ -139,15 +192,16 @@ def _comparison(reference: Reference, identity: Identity, cells: dict[str, Cell]
     unjudged = [reference.metrics[metric] for metric in shared if cells[metric].is_outside is None]
     phrases += [f"within known noise: {', '.join(inside)}"] if inside else []
     phrases += [f"noise not known: {', '.join(unjudged)}"] if unjudged else []
-    sources = ",".join(str(number) for number in twin.citations)
+    sources = ",".join(map(str, sorted({legend.cite(citation(reference, entry)) for entry in twin.entries})))
     told = "; ".join(phrases) or "no metric in common"
     return f'Against the published row "{twin.name}"{epochs} [{sources}]: {told}.'
 
 
-def _conditions(ours: Measurement) -> str:
+def _conditions(ours: Measurement, usual: float) -> str:
     """Return how the runs were made: repeats, weights, GPUs, schedule, duration, versions."""
     run = ours.first
-    parts = [_repeats(ours), _weights(run), _schedule(run.schedule)]
+    parts = [_repeats(ours), f"on {trained_on(run)}" if is_on_subset(run) else "", _weights(run)]
+    parts.append(_schedule(run.schedule, usual))
     hours = [run.hours for run in ours.runs if run.hours is not None]
     if hours:
         each = " each" if len(ours.runs) > 1 else ""
@@ -164,7 +218,8 @@ def _repeats(ours: Measurement) -> str:
     seeds = ["none" if run.seed is None else str(run.seed) for run in ours.runs]
     if len(seeds) == 1:
         return f"1 run (seed {seeds[0]})"
-    return f"mean of {len(seeds)} runs (seeds {', '.join(seeds)})"
+    own = ", each with its own images" if is_on_subset(ours.first) else ""
+    return f"mean of {len(seeds)} runs (seeds {', '.join(seeds)}{own})"
 
 
 def _weights(run: Run) -> str:
@@ -176,8 +231,8 @@ def _weights(run: Run) -> str:
     return f"weights {name}{digest}"
 
 
-def _schedule(schedule: Any) -> str:
-    """Return the schedule, and whether Detectron2 scaled it from the published 8 GPUs."""
+def _schedule(schedule: Mapping[str, Any], usual: float) -> str:
+    """Return the schedule, the weight decay if it is not the usual one, and whether Detectron2 scaled the schedule."""
     num_gpus = schedule.get("num_gpus")
     parts = []
     if num_gpus is not None:
@@ -188,8 +243,10 @@ def _schedule(schedule: Any) -> str:
         parts.append(f"lr {schedule['base_lr']:g}")
     if schedule.get("iterations") is not None:
         parts.append(f"{schedule['iterations']} iterations")
+    if schedule.get("weight_decay", usual) != usual:
+        parts.append(f"weight decay {schedule['weight_decay']:g}")
     if schedule.get("auto_scaled"):
-        parts.append("auto-scaled from the published 8-GPU schedule")
+        parts.append("auto-scaled from the published 8-GPU schedule by the linear rule")
     return ", ".join(parts)
 
 

@@ -55,28 +55,30 @@ def _row(reference: Reference, entries: list[Published], legend: Legend) -> Row:
     baseline = None if first.is_supervised else reference.baseline(first)
     supervised = baseline.metrics if baseline else {}
     metrics = {metric: value for entry in reversed(entries) for metric, value in entry.metrics.items()}
-    notes = [legend.note(text) for entry in entries for text in _notes(reference, entry)]
+    notes = [legend.note(text) for entry in entries for text in entry_notes(reference, entry)]
     return Row(
         kind="published",
         name=first.name,
         epochs=first.pretrain_epochs,
         cells={metric: Cell(value, supervised=supervised.get(metric)) for metric, value in metrics.items()},
-        citations=tuple(sorted({legend.cite(_citation(reference, entry)) for entry in entries})),
+        citations=tuple(sorted({legend.cite(citation(reference, entry)) for entry in entries})),
         notes=tuple(dict.fromkeys(notes)),
         entries=tuple(entries),
     )
 
 
-def _citation(reference: Reference, entry: Published) -> str:
+def citation(reference: Reference, entry: Published) -> str:
     """Return where a row is printed and how it was read, for the legend."""
     paper = reference.papers[entry.paper]
     table = f", {entry.table}" if entry.table else ""
+    if entry.also_in:
+        table += f" and {reference.papers[entry.also_in['paper']].label}, {entry.also_in['table']}"
     doubt = "" if entry.confidence == "high" else f"; confidence {entry.confidence}"
     convention = "" if entry.recipe_is_stated or entry.recipe is None else "; recipe by convention"
     return f"{paper.citation}{table} [{reference.sources[entry.source]}{doubt}{convention}]"
 
 
-def _notes(reference: Reference, entry: Published) -> list[str]:
+def entry_notes(reference: Reference, entry: Published) -> list[str]:
     """Return what belongs to this row alone."""
     notes = [text for text in (entry.status, entry.note) if text]
     if entry.protocol:

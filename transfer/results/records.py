@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from transfer.results import cells
 from transfer.results.reference import Reference
+from transfer.results.repeats import Measurement
 from transfer.results.runs import LeftOut
-from transfer.results.table import Cell, Row, Table
+from transfer.results.table import Cell, Group, Row, Table
 
 SCHEMA = 1
 FORMAT = "detco-results"
@@ -36,6 +38,7 @@ CSV_FIELDS = (
     "weights_sha256",
     "config_digest",
     "departures",
+    "paper_table",
 )
 
 
@@ -46,28 +49,35 @@ def render_csv(tables: Sequence[Table]) -> str:
     writer.writeheader()
     for table in tables:
         for row in table.rows:
-            for metric, cell in row.cells.items():
-                writer.writerow({**_row_fields(table, row), "metric": metric, **_cell_fields(cell)})
+            for group in table.groups:
+                fields = {**_row_fields(group, row), "paper_table": table.id}
+                for metric, cell in group.cells_of(row).items():
+                    writer.writerow({**fields, "metric": metric, **_cell_fields(cell)})
     return stream.getvalue()
 
 
-def _row_fields(table: Table, row: Row) -> dict[str, Any]:
+def _row_fields(group: Group, row: Row) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "task": table.task,
-        "recipe": table.recipe,
+        "task": group.task,
+        "recipe": group.recipe,
         "kind": row.kind,
         "pretraining": row.name,
         "epochs": row.epochs,
     }
-    if row.entries:
-        first = row.entries[0]
+    entries = [entry for entry in row.entries if entry.task in group.tasks]
+    if entries:
+        first = entries[0]
+        fields["task"] = first.task
+        fields["recipe"] = first.recipe
         fields["variant"] = first.variant
-        fields["paper"] = "; ".join(entry.paper for entry in row.entries)
-        fields["table"] = "; ".join(entry.table or cells.NOTHING for entry in row.entries)
-        fields["confidence"] = "; ".join(entry.confidence for entry in row.entries)
-    if row.measurement:
-        run = row.measurement.first
-        fields["seeds"] = "; ".join("none" if item.seed is None else str(item.seed) for item in row.measurement.runs)
+        fields["paper"] = "; ".join(entry.paper for entry in entries)
+        fields["table"] = "; ".join(entry.table or cells.NOTHING for entry in entries)
+        fields["confidence"] = "; ".join(entry.confidence for entry in entries)
+    for measurement in row.measurements:
+        if measurement.first.task != group.task:
+            continue
+        run = measurement.first
+        fields["seeds"] = "; ".join("none" if item.seed is None else str(item.seed) for item in measurement.runs)
         fields["weights_sha256"] = run.weights_sha256
         fields["config_digest"] = run.config_digest
         fields["departures"] = "; ".join(run.departures)
@@ -88,17 +98,19 @@ def _cell_fields(cell: Cell) -> dict[str, Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Return a number without the last binary digits, which only differences of decimals have."""
-    return None if value is None else round(value, 6)
+    """Return a number without the last binary digits, which only differences of decimals have; None for NaN."""
+    return None if value is None or math.isnan(value) else round(value, 6)
 
 
 def render_json(tables: Sequence[Table], reference: Reference, left_out: Sequence[LeftOut]) -> str:
     """Return everything as one JSON object.
 
     {"format", "schema", "tables": [TABLE], "left_out": [{"path", "reason"}]}.
-    TABLE: {"task", "recipe", "title", "metrics", "rows": [ROW], "remarks", "citations", "notes"}.
-    ROW: {"kind", "pretraining", "epochs", "cells": {metric: CELL}, "citations", "notes"}, with "variant" and
-    "published_in" if it is published, with "runs", "weights_sha256", "config_digest" and "departures" if it is ours.
+    TABLE: {"task", "recipe", "title", "metrics", "rows": [ROW], "remarks", "citations", "notes"}; a paper's table has
+    {"paper_table": id, "groups": [{"title", "task", "recipe", "columns": {key: metric}}]} instead of task and recipe.
+    ROW: {"kind", "pretraining", "epochs", "cells": {key: CELL}, "citations", "notes"}, with "variant" and
+    "published_in" if it is published, with "weights_sha256", "config_digest", "departures" and "runs" if it is ours.
+    In a paper's table "measurements" holds a list of the last three, each with its "task".
     CELL: {"value", "std", "num_runs", "supervised", "difference_to_supervised", "published", "allowed_difference",
     "outside_noise"}.
     """
@@ -113,18 +125,30 @@ def render_json(tables: Sequence[Table], reference: Reference, left_out: Sequenc
 
 def _json_table(table: Table, reference: Reference) -> dict[str, Any]:
     return {
-        "task": table.task,
-        "recipe": table.recipe,
+        **(_json_groups(table) if table.id else {"task": table.task, "recipe": table.recipe}),
         "title": table.title,
         "metrics": list(table.metrics),
-        "rows": [_json_row(row, reference) for row in table.rows],
-        "remarks": list(table.remarks),
+        "rows": [_json_row(table, row, reference) for row in table.rows],
+        "remarks": list(table.all_remarks),
         "citations": {str(number): text for number, text in table.citations},
         "notes": dict(table.notes),
     }
 
 
-def _json_row(row: Row, reference: Reference) -> dict[str, Any]:
+def _json_groups(table: Table) -> dict[str, Any]:
+    groups = [
+        {
+            "title": group.title,
+            "task": group.task,
+            "recipe": group.recipe,
+            "columns": dict(zip(group.keys, group.heads, strict=True)),
+        }
+        for group in table.groups
+    ]
+    return {"paper_table": table.id, "groups": groups}
+
+
+def _json_row(table: Table, row: Row, reference: Reference) -> dict[str, Any]:
     content: dict[str, Any] = {
         "kind": row.kind,
         "pretraining": row.name,
@@ -139,6 +163,7 @@ def _json_row(row: Row, reference: Reference) -> dict[str, Any]:
         content["variant"] = row.entries[0].variant
         content["published_in"] = [
             {
+                "task": entry.task,
                 "paper": entry.paper,
                 "citation": reference.papers[entry.paper].citation,
                 "table": entry.table,
@@ -147,13 +172,24 @@ def _json_row(row: Row, reference: Reference) -> dict[str, Any]:
             }
             for entry in row.entries
         ]
-    if row.measurement:
-        run = row.measurement.first
-        content["weights_sha256"] = run.weights_sha256
-        content["config_digest"] = run.config_digest
-        content["departures"] = list(run.departures)
-        content["runs"] = [
-            {"path": str(item.path), "seed": item.seed, "hours": item.hours, "metrics": dict(item.metrics)}
-            for item in row.measurement.runs
-        ]
+    if row.measurements:
+        content["weights_sha256"] = row.measurements[0].first.weights_sha256
+        measured = [_json_measurement(item) for item in row.measurements]
+        if table.id:
+            content["measurements"] = [
+                {"task": item.first.task, **fields} for item, fields in zip(row.measurements, measured, strict=True)
+            ]
+        else:
+            content.update(measured[0])
     return content
+
+
+def _json_measurement(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "config_digest": measurement.first.config_digest,
+        "departures": list(measurement.first.departures),
+        "runs": [
+            {"path": str(item.path), "seed": item.seed, "hours": item.hours, "metrics": dict(item.metrics)}
+            for item in measurement.runs
+        ],
+    }

@@ -6,7 +6,7 @@ source names none and the task has no convention either.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Published:
         metrics: Per cent by metric name; empty only if `status` says why.
         trials: Number of runs that the number averages, None if not stated.
         std: Standard deviation of one run that the source expects, by metric.
+        also_in: Another table that prints the same numbers in the same row: {"paper", "table", "source"}.
     """
 
     task: str
@@ -61,6 +62,15 @@ class Published:
     best_stage: str | None = None
     status: str | None = None
     note: str | None = None
+    also_in: Mapping[str, str] | None = None
+
+    def printed_in(self, paper: str, table: str) -> "Published | None":
+        """Return the row as this table prints it, None if it does not."""
+        if (self.paper, self.table) == (paper, table):
+            return self
+        if self.also_in and (self.also_in["paper"], self.also_in["table"]) == (paper, table):
+            return replace(self, paper=paper, table=table, source=self.also_in["source"], also_in=None)
+        return None
 
     @property
     def is_supervised(self) -> bool:
@@ -122,6 +132,7 @@ class Reference:
         papers: By key, in the order in which comparisons prefer them.
         sources: How the numbers were read.
         results: The published rows, in the order of the papers.
+        usual_weight_decay: Of the fine-tuning, in every recipe.
     """
 
     metrics: Mapping[str, str]
@@ -133,6 +144,7 @@ class Reference:
     task_notes: tuple[Mapping[str, Any], ...]
     noise: tuple[tuple[frozenset[str], Noise], ...]
     recipe_reasons: Mapping[str, str]
+    usual_weight_decay: float
 
     def rows(self, task: str, recipe: str | None) -> list[Published]:
         """Return the published rows of one table, the papers in their order of preference, each in its own order."""
@@ -200,6 +212,7 @@ def parse_reference(data: Mapping[str, Any]) -> Reference:
             for item in data["noise"]
         ),
         recipe_reasons={task: item["reason"] for task, item in conventions.items()},
+        usual_weight_decay=data["usual_weight_decay"],
     )
     for index, row in enumerate(reference.results):
         _check(reference, row, index)
@@ -245,6 +258,10 @@ def _check(reference: Reference, row: Published, index: int) -> None:
         ("variant", row.variant, (None, *VARIANTS)),
         ("recipe", row.recipe, (None, *reference.recipes)),
     ]
+    if row.also_in:
+        choices.append(("also_in", sorted(row.also_in), (["paper", "source", "table"],)))
+        choices.append(("also_in.paper", row.also_in.get("paper"), list(reference.papers)))
+        choices.append(("also_in.source", row.also_in.get("source"), list(reference.sources)))
     for key, value, allowed in choices:
         if value not in allowed:
             raise ReferenceDataError(f"result {index} has {key} {value!r}; allowed: {list(allowed)}")

@@ -40,6 +40,7 @@ class Run:
         departures: How the configuration differs from the task's published protocol, one phrase each.
         config_digest: Digest of the configuration without seed, output folder and weights: equal for repeated runs.
         seed: None if the run was not seeded.
+        subsets: Of each part of a training set, number of images and digest of their ids.
         hours: Duration, None if unknown.
         finished: ISO time, "" if unknown.
     """
@@ -57,6 +58,7 @@ class Run:
     seed: int | None
     schedule: Mapping[str, Any] = field(default_factory=dict)
     datasets: Mapping[str, Any] = field(default_factory=dict)
+    subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     hardware: str = ""
     hours: float | None = None
@@ -138,6 +140,7 @@ def read_run(file: Path) -> Run:
         seed=_seed(_get(data, "seed", int, type(None))),
         schedule=_optional(data, "schedule", {}, dict),
         datasets=datasets,
+        subsets=_subsets(_optional(data, "subsets", {}, dict)),
         versions=_optional(data, "versions", {}, dict),
         hardware=_optional(data, "hardware", "", str),
         hours=_optional(data, "hours", None, int, float),
@@ -184,6 +187,14 @@ def _metrics(data: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def _subsets(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the record of the parts of training sets, each with the number of its images."""
+    for name, part in data.items():
+        if not isinstance(part, dict) or not isinstance(part.get("images"), int):
+            raise RunError(f"'subsets' has {part!r} for {name}, expected an object with the number of images")
+    return dict(data)
+
+
 def _words(names: Any) -> str:
     """Return names of datasets in one string."""
     return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "not stated")
@@ -196,7 +207,20 @@ def _seed(seed: int | None) -> int | None:
 
 def data_of(run: Run) -> str:
     """Return what a run was trained and tested on, in words."""
-    return f"trained on {_words(run.datasets.get('train'))}, tested on {_words(run.datasets.get('test'))}"
+    return f"trained on {trained_on(run)}, tested on {_words(run.datasets.get('test'))}"
+
+
+def trained_on(run: Run) -> str:
+    """Return the training sets, those that are a part of another with the number of their images."""
+    names = run.datasets.get("train")
+    counts = {name: f"{name} ({part['images']:,} images)" for name, part in run.subsets.items()}
+    return _words([counts.get(str(name), name) for name in names] if isinstance(names, list) else names)
+
+
+def is_on_subset(run: Run) -> bool:
+    """Whether the run saw a part of a training set, drawn by its seed (coco_2017_train_5pct)."""
+    names = run.datasets.get("train")
+    return bool(run.subsets) or any(str(name).endswith("pct") for name in (names if isinstance(names, list) else ()))
 
 
 def common_value(values: Sequence[Any]) -> Any:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from transfer.results.identity import identify
-from transfer.results.ours import our_rows, own_baseline
+from transfer.results.ours import our_rows, own_baseline, supervised_of
 from transfer.results.published import published_rows
 from transfer.results.reference import Noise, Reference
 from transfer.results.repeats import Measurement
-from transfer.results.table import Legend, Row, Table
+from transfer.results.runs import is_on_subset
+from transfer.results.table import Group, Legend, Row, Table
 
 NO_RECIPE = "none"
 
@@ -60,17 +60,22 @@ def _table(
     published = published_rows(entries, reference, legend)
     ours = our_rows(reference, selected, published, legend)
     metrics = _columns(reference, task, recipe, [*published, *ours])
+    heads = {metric: reference.metrics.get(metric, metric) for metric in metrics}
     return Table(
-        task=task,
-        recipe=recipe,
         title=reference.tasks.get(task, task),
-        metrics=metrics,
-        heads={metric: reference.metrics.get(metric, metric) for metric in metrics},
+        about=(_about(reference, task, recipe),),
+        groups=(Group("", task, recipe, heads),),
         rows=(*published, *ours),
         remarks=tuple(_remarks(reference, task, recipe, published, ours, selected, with_published)),
         citations=tuple((number, text) for text, number in legend.citations.items()),
         notes=tuple((letter, text) for text, letter in legend.notes.items()),
     )
+
+
+def _about(reference: Reference, task: str, recipe: str | None) -> str:
+    """Return task id and recipe, with what the recipe is."""
+    explained = reference.recipes.get(recipe or "")
+    return f"task {task}, recipe {recipe or 'not stated'}" + (f": {explained}" if explained else "")
 
 
 def _columns(reference: Reference, task: str, recipe: str | None, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -92,11 +97,10 @@ def _remarks(
     with_published: bool,
 ) -> list[str]:
     """Return what holds for the whole table, general things first."""
-    remarks = [*_difference_remarks(published, measurements)]
-    if any(row.num_runs > 1 for row in ours):
-        remarks.append("Standard deviations are those of a sample (n - 1) over our runs.")
+    remarks = [*_difference_remarks(published, measurements, reference.usual_weight_decay)]
+    remarks += repeats_remarks(measurements)
     if any(row.kind == "ours" for row in ours) and published:
-        remarks.append(_noise_remark(reference, reference.noise_of(task)))
+        remarks.append(noise_remark(reference, reference.noise_of(task)))
     if with_published and not published:
         remarks.append("No published numbers for this task and recipe.")
     departing = [item.first for item in measurements if item.first.departures]
@@ -107,10 +111,22 @@ def _remarks(
         remarks.append(f"Of the published rows only those of {shown} are shown: no run here follows their protocol.")
     if any(not entry.recipe_is_stated for row in published for entry in row.entries) and recipe is not None:
         remarks.append(f"Recipe by convention: {reference.recipe_reasons[task]}.")
-    return remarks + (reference.notes(task, recipe) if published else [])
+    is_unpublished = not reference.recipes_of(task)
+    return remarks + (reference.notes(task, recipe) if published or (with_published and is_unpublished) else [])
 
 
-def _difference_remarks(published: Sequence[Row], measurements: Sequence[Measurement]) -> list[str]:
+def repeats_remarks(measurements: Sequence[Measurement]) -> list[str]:
+    """Return what the standard deviations of ours are."""
+    repeated = [item.first for item in measurements if len(item.runs) > 1]
+    remarks = ["Standard deviations are those of a sample (n - 1) over our runs."] if repeated else []
+    if any(is_on_subset(run) for run in repeated):
+        remarks.append(
+            "Repeats over seeds are repeats over subsets: every seed trains on images of its own; deviations hold both."
+        )
+    return remarks
+
+
+def _difference_remarks(published: Sequence[Row], measurements: Sequence[Measurement], usual: float) -> list[str]:
     """Return what the numbers in brackets are measured against."""
     remarks = []
     if any(cell.supervised is not None for row in published for cell in row.cells.values()):
@@ -122,7 +138,8 @@ def _difference_remarks(published: Sequence[Row], measurements: Sequence[Measure
     following = [item for item in measurements if not item.first.departures]
     departing = [item for item in measurements if item.first.departures]
     for items, whose in ((following, "Our rows"), (departing, "Our rows with another protocol")):
-        baselines = [own_baseline(items, item) for item in items if not identify(item.first).is_supervised]
+        supervised = supervised_of(items)
+        baselines = [own_baseline(supervised, item, usual) for item in items if item not in supervised]
         if not baselines:
             continue
         labels = list(dict.fromkeys(f'"{item.first.label}"' for item in baselines if item))
@@ -134,7 +151,7 @@ def _difference_remarks(published: Sequence[Row], measurements: Sequence[Measure
     return remarks
 
 
-def _noise_remark(reference: Reference, noise: Noise | None) -> str:
+def noise_remark(reference: Reference, noise: Noise | None) -> str:
     """Return what the mark means, or that nothing can be marked."""
     if noise is None:
         return "Nobody has measured the run-to-run noise of this task: no number of ours is marked."
