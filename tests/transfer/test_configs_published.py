@@ -197,6 +197,7 @@ def test_quick_config_inherits_a_task_and_says_what_it_changed(path: Path) -> No
     named = departures(published_values(task, cfg.TRANSFER.INIT), cfg, task.accepts)
     assert any(sentence.startswith("SOLVER.MAX_ITER is ") for sentence in named)
     assert cfg.INPUT.MIN_SIZE_TEST <= 160
+    assert cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice" or len(cfg.INPUT.MIN_SIZE_TRAIN) == 2  # "range" has two ends
     assert cfg.DATALOADER.NUM_WORKERS <= 2
     assert departures(load_init_values()[cfg.TRANSFER.INIT], cfg) == []
 

@@ -23,7 +23,6 @@ What the paper does not state, and what is done here:
 
 from typing import Any
 
-import fvcore.nn.weight_init as weight_init
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +31,7 @@ from transfer import d2
 
 d2.require()
 
+import fvcore.nn.weight_init as weight_init  # noqa: E402
 from detectron2.config import CfgNode, configurable  # noqa: E402
 from detectron2.layers import Conv2d, ShapeSpec, get_norm  # noqa: E402
 from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY, SemanticSegmentor  # noqa: E402
