@@ -58,6 +58,8 @@ def made_small(words: list[str]) -> list[str]:
         small = SMALL_PRETRAIN | (SMALL_PATCHES if any("/detco" in word for word in arguments) else {})
     elif program == "detco-transfer":
         small = SMALL_TRANSFER
+    elif program == "detco-suite" and arguments[0] == "run":
+        arguments += ["--only", "*retinanet*__detco__seed0"]
     return [program, *arguments, *(word for pair in small.items() for word in pair)]
 
 

@@ -29,7 +29,8 @@ def test_every_readme_command_runs_from_images_to_a_table(
     outputs = run_documented(ROOT / "README.md", tmp_path, {"IMAGES": str(images)})
 
     assert (tmp_path / "views.png").stat().st_size > 10_000
-    assert "detco" in outputs[-2]
+    assert "box AP" in outputs[-1]
+    assert list((tmp_path / "runs/suite").rglob("results.json"))
     assert r"\toprule" in (tmp_path / "table.tex").read_text()
 
 
@@ -43,7 +44,7 @@ def test_every_file_the_readme_names_exists() -> None:
 def test_every_config_family_the_readme_lists_exists() -> None:
     folder = ""
     for line in README.splitlines():
-        if heading := re.match(r"\| config \(`(.*?)`\)", line):
+        if heading := re.match(r"\| (?:config|suite) \(`(.*?)`\)", line):
             folder = heading[1]
         for pattern in re.findall(r"`([\w/{},*-]+\.yaml)`", line if line.startswith("| `") else ""):
             choices = re.search(r"{(.*?)}", pattern)
