@@ -31,7 +31,9 @@ SOURCE_SYNTAX = 'VOC "DIR:SPLIT", say voc:train; COCO "FILE.json" or "FILE.json:
 
 LAYOUTS = {
     "pct": "coco/subsets/train2017_<percent>pct_seed<SEED>.txt (python tools/make_coco_subsets.py ROOT --seeds SEED)",
-    "coco": "coco/annotations/{instances,person_keypoints}_{train,val}2017.json, coco/{train,val}2017/*.jpg",
+    "densepose": "coco/annotations/densepose_{train,valminusminival,minival}2014.json, coco/{train,val}2014/*.jpg",
+    "coco_2017": "coco/annotations/instances_{train,val}2017.json, coco/{train,val}2017/*.jpg",
+    "keypoints_coco": "coco/annotations/person_keypoints_{train,val}2017.json, coco/{train,val}2017/*.jpg",
     "voc": "VOC2007/ and VOC2012/, each with Annotations/*.xml, JPEGImages/*.jpg, ImageSets/Main/<split>.txt",
     "lvis": "lvis/lvis_v1_{train,val}.json, images in coco/{train,val}2017/",
     "cityscapes": "cityscapes/leftImg8bit/{train,val}/, cityscapes/gtFine/{train,val}/",

@@ -6,7 +6,7 @@ here.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from detco.artifact import Preprocess
@@ -16,8 +16,6 @@ from transfer.weights import WeightsRecord
 PUBLISHED_GPUS = 8
 # A config and a record agree if they do so to this: 1/100 of one of 255 grey levels.
 PIXEL_TOLERANCE = 0.01
-# Learning rates within this factor of linear scaling are a matter of taste; the 8-GPU rate on one GPU is off by 8.
-LR_TOLERANCE = 2.0
 
 
 class WeightsDoNotFit(ValueError):
@@ -121,36 +119,6 @@ def check_processes(cfg: Any, *, num_gpus: int, num_machines: int, cuda_gpus: in
         raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} cannot be divided among {processes} processes")
     if not cuda_gpus and num_gpus == 1:
         return ["No CUDA device: training on the CPU."]
-    return []
-
-
-def batch_notes(cfg: Any, published: Mapping[str, Any], processes: int) -> list[str]:
-    """Warn where learning rate and batch no longer belong together: a loss of NaN is usually that.
-
-    Args:
-        cfg: The resolved config.
-        published: Values of its task; may lack the two keys (a task of the user's own).
-        processes: GPUs of all machines together, at least 1.
-
-    Returns:
-        Notes for the log.
-    """
-    batch, lr = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR
-    task_batch, task_lr = published.get("SOLVER.IMS_PER_BATCH"), published.get("SOLVER.BASE_LR")
-    if task_batch is None or task_lr is None:
-        return []
-    linear = task_lr * batch / task_batch
-    if batch == task_batch and processes != PUBLISHED_GPUS and math.isclose(lr, task_lr):
-        return [
-            f"WARNING: the 8-GPU batch of {batch} images on {processes} GPU{'s' * (processes > 1)} "
-            f"({batch // processes} on each). With SyncBN this equals the published setting if it fits into memory; if "
-            "it does not, --auto-scale keeps 2 images per GPU and scales batch, lr and iterations together."
-        ]
-    if not linear / LR_TOLERANCE <= lr <= linear * LR_TOLERANCE:
-        return [
-            f"WARNING: SOLVER.BASE_LR {lr:g} with {batch} images per step; linear scaling of the task's {task_lr:g} "
-            f"with {task_batch} gives {linear:g}."
-        ]
     return []
 
 

@@ -55,7 +55,7 @@ class RunRecord:
 
     Attributes:
         task: Id of the published task; "" on data of the user's own.
-        based_on: Id of the task whose recipe the user's own data were trained with; "" otherwise.
+        based_on: Protocol (a name in tasks.yaml) whose recipe the user's own data were trained with; "" otherwise.
         recipe: The task's recipe; "" if the config names no task.
         label: Name of the row.
         weights: What training started from.

@@ -17,6 +17,9 @@ examples:
   COCO Mask R-CNN FPN 1x on 8 GPUs, from a file made by convert-to-d2:
     detco-transfer --config-file configs/transfer/coco/mask_rcnn_r50_fpn_1x_converted.yaml --num-gpus 8 \\
         --datasets-root /data --output-dir runs/detco_1x MODEL.WEIGHTS detco.pkl
+  the same, but only checked, on any machine:
+    detco-transfer --check --config-file configs/transfer/coco/mask_rcnn_r50_fpn_1x_converted.yaml --num-gpus 8 \\
+        --datasets-root /data MODEL.WEIGHTS detco.pkl
   your own COCO-style data on the CPU, a few dozen iterations from random weights:
     detco-transfer --config-file configs/transfer/quick/coco_mask_rcnn_fpn_random.yaml --num-gpus 0 \\
         --train-data my/train.json --val-data my/val.json --output-dir runs/mine SOLVER.MAX_ITER 60
@@ -57,6 +60,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "TRANSFER.TASK, TRANSFER.INIT and TRANSFER.LABEL",
     )
     run = parser.add_argument_group("how to run")
+    run.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the settings with the weights, the data and the published recipe, print what was found and exit: "
+        "0 if training could start, 2 if not. Trains and writes nothing, needs no GPU (default: check, then train)",
+    )
     run.add_argument(
         "--output-dir", metavar="DIR", help="run directory (default: OUTPUT_DIR of the config, ./output if it has none)"
     )
@@ -140,14 +149,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from detectron2.engine import launch
 
     from transfer import finetune
+    from transfer.checks.report import describe_findings
     from transfer.preflight import WeightsDoNotFit
+    from transfer.settings_check import examine
 
     try:
         # All checks once before any process is started, so that what is wrong is said once, and quickly.
-        finetune.prepare(args)
+        prepared = examine(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.check:
+        print(prepared.settings)
+        print(describe_findings(prepared.cfg.TRANSFER.TASK, prepared.departures, prepared.notes, prepared.errors))
+    for message in prepared.errors:
+        print(f"error: {message}", file=sys.stderr)
+    if prepared.errors or args.check:
+        return 2 if prepared.errors else 0
     try:
         launch(
             finetune.run,

@@ -14,6 +14,7 @@ USES_DETECTRON2 = tuple(
         *("d2.py", "modeling/", "datasets.py", "evaluation.py", "parity.py"),
         *("train_net.py", "finetune.py", "trainer.py", "scaling.py", "config.py"),
         *("mappers.py", "optimizer.py", "densepose.py", "subsets.py", "cityscapes.py"),
+        *("settings_check.py", "checks/network.py", "checks/data.py", "resize_or_crop_mapper.py", "sem_seg_mapper.py"),
     )
 )
 """The rest of transfer works without it: naming, sources, conversion, tasks, preflight, results."""

@@ -16,13 +16,13 @@ if d2.info() is None:
 
 from detectron2.modeling import build_model
 
+from transfer.checks.schedule import check_batch
 from transfer.config import load_config
 from transfer.modeling import register_models
 from transfer.modeling.res5_extra_norm import Res5ROIHeadsExtraNorm
 from transfer.preflight import (
     WeightsDoNotFit,
     backbone_tensors,
-    batch_notes,
     check_backbone_loaded,
     check_init,
     check_preprocess,
@@ -123,16 +123,20 @@ def test_cpu_is_taken_without_cuda_and_said() -> None:
 
 def test_learning_rate_that_does_not_belong_to_the_batch_is_a_warning() -> None:
     published = load_tasks()["voc0712_fasterrcnn_c4_24k"].values
-    assert batch_notes(load_config(VOC), published, 8) == []
-    (note,) = batch_notes(load_config(VOC), published, 2)
+    assert check_batch(load_config(VOC), published, 8) == []
+    (note,) = check_batch(load_config(VOC), published, 2)
     assert "the 8-GPU batch of 16 images on 2 GPUs (8 on each)" in note
     assert "--auto-scale" in note
-    (note,) = batch_notes(load_config(VOC, ["SOLVER.IMS_PER_BATCH", "2"]), published, 1)
-    assert "SOLVER.BASE_LR 0.02 with 2 images per step" in note
-    assert note.endswith("gives 0.0025.")
-    scaled = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025"]
-    assert batch_notes(load_config(VOC, scaled), published, 1) == []
-    assert batch_notes(load_config(VOC), {}, 2) == []
+    rate, length = check_batch(load_config(VOC, ["SOLVER.IMS_PER_BATCH", "2"]), published, 1)
+    assert "SOLVER.BASE_LR 0.02 with 2 images per step" in rate
+    assert rate.endswith("gives 0.0025.")
+    assert (
+        "24000 iterations are the task's for 16 images per step; with 2 the same number of images takes 192000"
+        in length
+    )
+    scaled = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.0025", "SOLVER.MAX_ITER", "192000"]
+    assert check_batch(load_config(VOC, scaled), published, 1) == []
+    assert check_batch(load_config(VOC), {}, 2) == []
 
 
 # Batch, lr, iterations, steps, warm-up on 4 GPUs and on 1: the published 8-GPU values times and divided by 2 and 8.

@@ -160,6 +160,15 @@ def test_results_name_the_departures_from_the_published_protocol(voc_run: Finish
     assert not any(sentence.startswith(("MODEL.RESNETS", "INPUT.FORMAT", "DATASETS")) for sentence in departures)
 
 
+def test_log_begins_with_the_settings_and_warns_of_departures(voc_run: Finished) -> None:
+    settings = voc_run.log.index("Settings of voc0712_fasterrcnn_c4_24k: PASCAL VOC 07+12")
+    warning = voc_run.log.index("not as published in voc0712_fasterrcnn_c4_24k, schedule: SOLVER.BASE_LR is 0.001, ")
+    assert settings < warning < voc_run.log.index("Starting training from iteration 0")
+    line = voc_run.log[voc_run.log.rindex("\n", 0, warning) : warning]
+    assert "WARNING" in line
+    assert "VOC 07+12 trainval has 8 images here; the published runs had 16551" in voc_run.log
+
+
 def test_log_says_what_was_loaded_and_where_it_runs(voc_run: Finished) -> None:
     assert "Backbone: all 265 tensors found in" in voc_run.log
     assert "14 others (heads) start from random" in voc_run.log
@@ -328,6 +337,25 @@ def test_own_coco_data_set_the_number_of_classes(tmp_path: Path) -> None:
     assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3
 
 
+def test_own_data_set_the_number_of_classes_of_every_detector(tmp_path: Path) -> None:
+    categories = [{"id": 7, "name": "fox"}, {"id": 9, "name": "hen"}]
+    for split in ("train", "val"):
+        write_coco(tmp_path / f"{split}.json", tmp_path / split, categories)
+    train, val = (f"{tmp_path}/{split}.json:{tmp_path}/{split}" for split in ("train", "val"))
+    argv = words("coco_mask_rcnn_fpn_4conv1fc_random", tmp_path, tmp_path, "--train-data", train, "--val-data", val)
+    prepared = finetune.prepare(train_net.build_parser().parse_args(argv))
+    for head in ("ROI_HEADS", "RETINANET", "FCOS", "SPARSE_RCNN"):
+        assert prepared.cfg.MODEL[head].NUM_CLASSES == 2
+    record = finetune.build_record(prepared, {}, 0.0)
+    assert (record.task, record.based_on, record.recipe) == ("", "coco_maskrcnn_fpn_1x/4conv1fc", "4conv1fc")
+
+
+def test_results_carry_the_published_id_and_the_recipe_apart(datasets_root: Path, tmp_path: Path) -> None:
+    argv = words("coco_mask_rcnn_fpn_4conv1fc_random", datasets_root, tmp_path)
+    record = finetune.build_record(finetune.prepare(train_net.build_parser().parse_args(argv)), {}, 0.0)
+    assert (record.task, record.based_on, record.recipe) == ("coco_maskrcnn_fpn_1x", "", "4conv1fc")
+
+
 def test_own_data_are_refused_without_a_validation_set(
     datasets_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,6 +375,7 @@ def test_auto_scale_says_what_it_changed_and_records_it(datasets_root: Path, tmp
         "base_lr": 0.000125,
         "num_gpus": 0,
         "auto_scaled": True,
+        "weight_decay": 0.0001,
     }
     (table,) = [note for note in prepared.notes if note.startswith("--auto-scale from 8 to 1 GPUs")]
     assert {line.split()[0] for line in table.splitlines()[1:]} >= {"SOLVER.IMS_PER_BATCH", "SOLVER.STEPS"}
