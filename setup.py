@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["detco*", "pretrain*", "transfer*"]),
-    package_data={"transfer": ["tasks.yaml", "results/*.yaml"]},
+    package_data={"transfer": ["tasks.yaml", "results/*.yaml", "sources/*.yaml", "suite/*.yaml"]},
     # Detectron2 is not on PyPI in an installable form: `python tools/install_detectron2.py` adds it.
     install_requires=[
         "torch>=2.8",

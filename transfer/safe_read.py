@@ -1,62 +1,209 @@
-"""Read torch and pickle files without executing anything that is in them."""
+"""Read torch and pickle files without executing anything that is in them.
+
+A pickle is a program whose only dangerous instruction is "take this name from that module". Both readers here, torch's
+own (weights_only) and Python's, answer it from one short table: tensors, containers, and stand-ins of ours for numpy's
+arrays and for a few classes that hold settings. Any other name is refused before it is looked up.
+"""
 
 import codecs
 import hashlib
+import io
 import pickle
+import pickletools
 import re
+import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 
 class UnsafeFileError(ValueError):
-    """A file that is damaged, or that only code from within it could read; the message says which and what to do."""
+    """A file that is damaged, or that only code from within it could read; the message says which and what to do.
+
+    Attributes:
+        needs: The name ("module.function") that the file asks for; None if it is refused for another reason.
+    """
+
+    def __init__(self, message: str, needs: str | None = None) -> None:
+        super().__init__(message)
+        self.needs = needs
 
 
-# What numpy's arrays and scalars need, under the module names that numpy 1 and numpy 2 wrote.
-_NUMPY_RECONSTRUCT = np.zeros(1).__reduce__()[0]
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): codecs.encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
+class Inert:
+    """What is left of an object of a class that holds data only: its class's name and its attributes.
+
+    Attributes:
+        attributes: Attribute to value, as the file has them.
+    """
+
+    name: str
+    attributes: dict[str, Any]
+
+    def __new__(cls, *arguments: Any) -> "Inert":
+        """Make one, whatever the class's constructor would have done with `arguments`."""
+        self = super().__new__(cls)
+        self.attributes = {}
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.attributes = {str(key): value for key, value in state.items()}
+
+
+class _Dtype:
+    """Stands for numpy.dtype: numbers and texts only, and never numpy's shared objects, which a state could change."""
+
+    dtype: np.dtype[Any]
+
+    def __new__(cls, code: str, align: bool = False, copy: bool = False) -> "_Dtype":
+        if not re.fullmatch(r"[biufc][0-9]{1,2}|[SU][0-9]{1,4}", str(code)):
+            raise UnsafeFileError(f"it holds an array of {code!r}")
+        self = super().__new__(cls)
+        self.dtype = np.dtype(code)
+        return self
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if any(part is not None for part in state[2:5]):
+            raise UnsafeFileError("it holds an array of structures")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array that takes its content from a checked state only."""
+
+    def __new__(cls, *arguments: Any) -> "_Array":
+        if arguments:
+            raise UnsafeFileError("it makes an array in another way than numpy writes")
+        made: _Array = super().__new__(cls, (0,), np.uint8)
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        if isinstance(data, str):  # A Python 2 pickle
+            data = data.encode("latin1")
+        super().__setstate__((1, shape, dtype.dtype, is_fortran, bytes(data)))
+
+
+def _reconstruct(array_class: Any, shape: Any, code: Any) -> _Array:
+    return _Array()
+
+
+def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: str) -> Any:
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: _Dtype, data: Any) -> Any:
+    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise UnsafeFileError(f"it encodes text as {encoding!r}")
+    return codecs.encode(text, "latin1")
+
+
+def _no_bytes() -> bytes:
+    """What protocol 2 calls for the content of an empty array."""
+    return b""
+
+
+def _tensor_from_bytes(data: bytes) -> Any:
+    """What torch.storage has for a storage inside a plain pickle, but restricted."""
+    if not data.startswith(_LEGACY_TORCH):
+        raise UnsafeFileError("it holds a storage in another format than torch writes into a pickle")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+# Arrays and scalars, under the module names that numpy 1 and numpy 2 write.
+_STAND_INS: dict[str, Any] = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+for _module in ("builtins", "__builtin__"):
+    _STAND_INS[f"{_module}.bytes"] = _no_bytes
 for _module in ("numpy.core", "numpy._core"):
-    _ALLOWED[f"{_module}.multiarray", "_reconstruct"] = _NUMPY_RECONSTRUCT
-    _ALLOWED[f"{_module}.multiarray", "scalar"] = _NUMPY_SCALAR
-    _ALLOWED[f"{_module}.numeric", "_frombuffer"] = _NUMPY_FROM_BUFFER
+    _STAND_INS[f"{_module}.multiarray._reconstruct"] = _reconstruct
+    _STAND_INS[f"{_module}.multiarray.scalar"] = _scalar
+    _STAND_INS[f"{_module}.numeric._frombuffer"] = _from_buffer
+# Settings that projects save beside their weights: argparse's options and paths in them (SoCo, PixPro, DINO), the loss
+# curves of OpenMMLab's logger.
+for _name in (
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+):
+    _STAND_INS[_name] = type("Inert", (Inert,), {"name": _name})
+
+_KNOWN = _STAND_INS | {
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _encode,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch.storage._load_from_bytes": _tensor_from_bytes,
+}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and builtin containers; looks up no other name, so nothing else can be called."""
+class _Unpickler(pickle.Unpickler):
+    """Answers for the names in the table; looks up no other, so nothing else can be called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise UnsafeFileError(f"it needs {module}.{name}")
-        return _ALLOWED[module, name]
+        full_name = f"{module}.{name}"
+        if full_name not in _KNOWN:
+            raise UnsafeFileError(f"it needs {full_name}", full_name)
+        return _KNOWN[full_name]
+
+
+# How a file of torch.save before 1.6 begins: a pickle of its own, of one number.
+_LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+_REMEDY = (
+    "Anything else could run code. If you trust its author, save the weights alone in a new file with the author's "
+    "own program"
+)
+
+
+def load_file(path: Path) -> Any:
+    """Read a file of torch.save, in any of its formats, or a plain pickle; whichever it is by its content.
+
+    Raises:
+        UnsafeFileError: As `load_torch` and `load_pickle` raise it.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_TORCH))
+    is_archive = start.startswith(b"PK") or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    return load_torch(path) if is_archive or start == _LEGACY_TORCH else load_pickle(path)
 
 
 def load_pickle(path: Path) -> Any:
-    """Read a pickle of numpy arrays and builtin types (Python 2's too, as in Detectron2's model zoo).
+    """Read a pickle of numpy arrays, tensors and builtin types (Python 2's too, as in Detectron2's model zoo).
 
     Raises:
         UnsafeFileError: If the file holds anything else, or is damaged.
     """
     try:
         with path.open("rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
+            _check_memo(file, path.stat().st_size)
+            file.seek(0)
+            return _Unpickler(file, encoding="latin1").load()
     except UnsafeFileError as error:
         raise UnsafeFileError(
-            f"{path} is not read, because {error}: a weights file may hold numpy arrays, numbers, strings, lists and "
-            f"dicts only, since anything else could run code. If you trust it, save its arrays alone in a new file"
+            f"{path} is not read, because {error}: a weights file may hold numpy arrays, tensors, numbers, strings, "
+            f"lists and dicts only. {_REMEDY}",
+            error.needs,
         ) from None
     except Exception as error:  # A damaged pickle can raise nearly anything.
-        raise UnsafeFileError(f"{path} is not a complete pickle file: {_first_line(error)}") from error
+        raise UnsafeFileError(
+            f"{path} is not a complete pickle file ({_first_line(error)}). Copy or download it again"
+        ) from None
+
+
+def _check_memo(file: BinaryIO, size: int) -> None:
+    """Refuse a memo index beyond the file's size: Python would make room for that many objects at once."""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and isinstance(argument, int) and argument > size:
+            raise UnsafeFileError(f"it numbers an object {argument:,}, with {size:,} bytes in all")
 
 
 def load_torch(path: Path) -> Any:
@@ -65,22 +212,47 @@ def load_torch(path: Path) -> Any:
     Raises:
         UnsafeFileError: If the file holds anything else, or is damaged.
     """
+    if tarfile.is_tarfile(path):
+        raise UnsafeFileError(
+            f"{path} is a tar archive, as torch 0.1 wrote; it is not read. Load it with an old torch and save it again"
+        )
+    _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(value, name) for name, value in _STAND_INS.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged archive can raise nearly anything.
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden is None:
             # torch's own text here advises weights_only=False, which is the wrong advice for a file nobody knows.
             reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
+            if "Unsupported operand" in str(error):
+                reason = " (or with another pickle_protocol than its own, 2)"
             raise UnsafeFileError(
                 f"{path} is damaged or was not written by torch.save{reason}. Copy or download it again"
             ) from None
         raise UnsafeFileError(
             f"{path} is not read, because it needs {forbidden[1]}: a checkpoint may hold tensors, numbers, strings, "
-            f"lists and dicts only, since anything else could run code. If you trust its author, save the weights "
-            f"alone and convert that file: torch.save({{'state_dict': torch.load({path.name!r}, weights_only=False)"
-            f"['state_dict']}}, 'weights_only.pth')"
+            f"lists and dicts only. {_REMEDY}: torch.save({{'state_dict': torch.load({path.name!r}, "
+            f"weights_only=False)['state_dict']}}, 'weights_only.pth')",
+            forbidden[1],
         ) from None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose members claim more bytes than the file has; torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+    except Exception as error:  # A damaged archive can raise nearly anything.
+        raise UnsafeFileError(f"{path} is damaged ({_first_line(error)}). Copy or download it again") from error
+    size = path.stat().st_size
+    if claimed > size:
+        raise UnsafeFileError(
+            f"{path} is not read, because its members claim {claimed:,} bytes and the file has {size:,}: torch.save "
+            f"compresses nothing, so this is damaged or made to fill the memory"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detco.artifact import IMAGENET_RGB, Preprocess
-from transfer.safe_read import load_pickle, load_torch, sha256_of
+from transfer.safe_read import Inert, load_pickle, load_torch, sha256_of
 
 # Detectron2's model zoo files carry no record. MSRA's were trained by Caffe on BGR pixels, with the std folded into the
 # first convolution and the stride in the first 1x1 (detectron2/model_zoo, MODEL_ZOO.md, "ImageNet Pretrained Models").
@@ -44,7 +44,8 @@ def read_record(path: str) -> WeightsRecord:
     Raises:
         FileNotFoundError: If it is no URL and there is no such file.
         UnsafeFileError: If the file is damaged or holds more than arrays and builtin types.
-        ValueError: If it is a file of another suffix than .pkl or .pth, or its record is not valid.
+        ValueError: If it is a file of another suffix than .pkl or .pth, holds what Detectron2 does not read, or its
+            record is not valid.
     """
     name = path.partition("?")[0]
     if not name:
@@ -62,6 +63,11 @@ def read_record(path: str) -> WeightsRecord:
     content = load_pickle(file) if file.suffix == ".pkl" else load_torch(file)
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of weights")
+    if settings := [str(key) for key, value in content.items() if isinstance(value, Inert)]:
+        raise ValueError(
+            f"MODEL.WEIGHTS is {path!r}, which holds its project's settings ({', '.join(settings)}); Detectron2 does "
+            f"not read such files. Convert it first: convert-to-d2 {name} OUT.pkl"
+        )
     return WeightsRecord(
         path=name,
         sha256=sha256_of(file),

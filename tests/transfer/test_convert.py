@@ -1,4 +1,3 @@
-import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,7 @@ def test_bfloat16_weights_become_float32(backbone: Weights, tmp_path: Path) -> N
     np.testing.assert_array_equal(array, backbone["layer1.0.conv1.weight"].bfloat16().float().numpy())
 
 
-@pytest.mark.parametrize("key", ["layer1.0.conv4.weight", "layer1.0.se.fc1.weight", "neck.weight"])
+@pytest.mark.parametrize("key", ["layer1.0.conv4.weight", "layer1.0.se.fc1.weight", "foot.weight"])
 def test_an_unexplained_key_stops_the_conversion_and_writes_nothing(
     backbone: Weights, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,14 +242,22 @@ def test_healthy_weights_are_not_warned_of(artifact: Path, tmp_path: Path) -> No
     assert convert(artifact, tmp_path / "out.pkl").warnings == ()
 
 
-def test_a_missing_input_and_a_namespace_exit_with_code_2_and_the_reason(
+def test_a_missing_input_and_a_file_that_needs_code_exit_with_code_2_and_the_reason(
     weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path / "absent.pth"), str(tmp_path / "out.pkl")]) == 2
     assert "error: there is no file" in capsys.readouterr().err
-    torch.save({"model": weights, "opt": argparse.Namespace(lr=0.1)}, tmp_path / "in.pth")
+    torch.save({"model": weights, "opt": Preprocess}, tmp_path / "in.pth")
     assert main([str(tmp_path / "in.pth"), str(tmp_path / "out.pkl")]) == 2
-    assert "needs argparse.Namespace" in capsys.readouterr().err
+    assert "needs detco.artifact.Preprocess" in capsys.readouterr().err
+
+
+def test_weights_of_unusual_scale_are_warned_of(backbone: Weights, tmp_path: Path) -> None:
+    torch.save(
+        {name: value * 20 if value.dim() == 4 else value for name, value in backbone.items()}, tmp_path / "in.pth"
+    )
+    (warning,) = convert(tmp_path / "in.pth", tmp_path / "out.pkl").warnings
+    assert "the kernels' scale is unusual" in warning
 
 
 def test_the_command_prints_the_account(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,15 +296,19 @@ def test_detectron2_computes_the_same_features_bit_for_bit(
 
 @pytest.mark.d2
 @needs_d2
-def test_verify_notices_a_wrong_stride_convention(
+def test_a_wrong_stride_convention_is_noticed_and_nothing_is_written(
     backbone: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transfer.parity import measure_parity
 
     wrong = Preprocess("RGB", IMAGENET_RGB.mean_255, IMAGENET_RGB.std_255, stride_in_1x1=True)
     write_artifact(tmp_path / "in.safetensors", Artifact({"backbone": backbone}, wrong, {}))
-    assert main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.pkl"), "--verify"]) == 1
-    assert "do not use this file" in capsys.readouterr().err
+    (tmp_path / "out.pkl").write_bytes(b"precious")
+    assert main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.pkl"), "--force", "--verify"]) == 1
+    assert "does not compute the same" in capsys.readouterr().err
+    assert (tmp_path / "out.pkl").read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", "out.pkl"}
+    convert(tmp_path / "in.safetensors", tmp_path / "out.pkl", force=True)
     differences = measure_parity(tmp_path / "out.pkl", backbone, wrong)
     assert differences["backbone.res2"] == 0
     assert min(differences[f"backbone.{stage}"] for stage in ("res3", "res4", "res5")) > 1e-3

@@ -296,7 +296,7 @@ def test_the_linear_rule_is_no_departure_and_says_what_it_changed(root: Path, fi
 
 
 def test_scaling_by_hand_is_a_departure_even_beside_the_linear_rule(root: Path, files: dict[str, str]) -> None:
-    values = {"MODEL.WEIGHTS": files["fits"], "SOLVER.MAX_ITER": 80000, "SOLVER.STEPS": "(60000, 70000)"}
+    values = {"MODEL.WEIGHTS": files["fits"], "SOLVER.MAX_ITER": "80000", "SOLVER.STEPS": "(60000, 70000)"}
     prepared = examined(file_of(MASK_FPN), root, "--num-gpus", "4", "--auto-scale", **values)
     assert prepared.departures[0] == "SOLVER.MAX_ITER is 80000, the task's is 90000"
 

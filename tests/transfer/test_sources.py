@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ class Hostile:
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    return models.resnet50(weights=None).state_dict()
+    """Random numbers that differ between tensors only, so that files stay small."""
+    with torch.device("meta"):
+        names = models.resnet50(weights=None).state_dict()
+    return {name: torch.rand(()).expand(value.shape) for name, value in names.items()}
 
 
 def prefixed(prefix: str, weights: Weights) -> Weights:
@@ -83,7 +87,7 @@ def test_the_query_network_goes_before_the_key_network_in_either_order(weights: 
     query_state, key_state = prefixed("module.encoder_q.", weights), prefixed("module.encoder_k.", key)
     for state in (query_state | key_state, key_state | query_state):
         source = read_source(save(tmp_path, {"state_dict": state | {"module.queue": torch.ones(2)}}, "in.pth.tar"))
-        assert (source.kind, source.network) == ("MoCo checkpoint", "query")
+        assert (source.kind, source.network) == ("checkpoint of MoCo v1 or v2", "query")
         assert torch.equal(source.tensors["backbone/conv1.weight"], weights["conv1.weight"])
         assert source.left_out.keys() == {*key_state, "module.queue"}
 
@@ -93,15 +97,15 @@ def test_a_file_with_only_the_key_network_says_so(weights: Weights, tmp_path: Pa
 
 
 def test_two_networks_without_a_rule_between_them_are_refused(weights: Weights, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"2 ResNet-50s, under \['student\.', 'teacher\.'\]"):
+    with pytest.raises(SourceError, match=r"2 ResNets, at 'student\.', 'teacher\.'"):
         read_source(save(tmp_path, prefixed("student.", weights) | prefixed("teacher.", weights)))
 
 
 def test_what_lies_beside_a_network_without_a_known_reason_is_unexplained(weights: Weights, tmp_path: Path) -> None:
-    state = prefixed("module.encoder_q.", weights) | {"module.queue_ptrs": torch.ones(2), "queue": torch.ones(2)}
-    source = read_source(save(tmp_path, {"state_dict": state}))
+    beside = {name: torch.ones(2) for name in ("module.encoder_k.conv1.weight", "module.queue_ptrs", "queue")}
+    source = read_source(save(tmp_path, {"state_dict": prefixed("module.encoder_q.", weights) | beside}))
     assert source.unexplained == ("module.queue_ptrs",)
-    assert set(source.left_out) == {"queue"}
+    assert set(source.left_out) == {"module.encoder_k.conv1.weight", "queue"}
 
 
 def replace_in(weights: Weights, name: str, *shape: int) -> Weights:
@@ -118,7 +122,8 @@ def replace_in(weights: Weights, name: str, *shape: int) -> Weights:
         ("resnext50_32x4d", r"layer1\.0\.conv1\.weight has shape \(128, 64, 1, 1\)"),
         (
             "vgg11",
-            r"no ResNet-50 under torchvision's names\. Most frequent prefixes of its 22 tensors: features\.0 \(2\)",
+            r"no ResNet-50 under torchvision's names\. It holds\n  \(top level\): 22 tensors\n"
+            r"  most frequent starts of the 22 names: features\.0 \(2\)",
         ),
     ],
 )
@@ -148,16 +153,23 @@ def test_an_artifact_of_another_network_is_refused(tmp_path: Path) -> None:
         read_source(tmp_path / "in.safetensors")
 
 
-def test_files_that_hold_detectron2_names_are_sent_to_model_weights(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"Detectron2's names already.*MODEL\.WEIGHTS"):
-        read_source(save(tmp_path, {"model": {"stem.conv1.weight": torch.ones(2)}}))
-    (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": {}}))
-    with pytest.raises(SourceError, match=r"plain pickle.*MODEL\.WEIGHTS"):
+def test_a_part_of_detectron2s_resnet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"weights under Detectron2's names\) is not a ResNet-50.*bn1\.weight is missing"
+    ):
+        read_source(save(tmp_path, {"model": {"stem.conv1.weight": torch.ones(64, 3, 7, 7)}}))
+
+
+def test_detectron2s_own_model_zoo_is_sent_to_model_weights(tmp_path: Path) -> None:
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps({"res2_0_branch2a_w": np.ones(2), "conv1_w": np.ones(2)}))
+    with pytest.raises(SourceError, match=r"Caffe2's names.*MODEL\.WEIGHTS"):
         read_source(tmp_path / "in.pkl")
 
 
 def test_a_file_without_tensors_is_refused_with_its_keys(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no tensors .*only \['epoch', 'optimizer'\]"):
+    with pytest.raises(
+        SourceError, match=r"nor any tensor\. It holds\n  \(top level\): 1 dict, 1 int\n  optimizer: empty"
+    ):
         read_source(save(tmp_path, {"optimizer": {}, "epoch": 3}))
     with pytest.raises(SourceError, match="holds a list"):
         read_source(save(tmp_path, [torch.ones(2)]))
@@ -190,16 +202,15 @@ def test_damaged_files_are_refused(weights: Weights, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"hello", b"<html>not found</html>"):
         path.write_bytes(content)
-        with pytest.raises(UnsafeFileError, match="damaged or was not written by"):
+        with pytest.raises(UnsafeFileError, match="Copy or download it again"):
             read_source(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         read_source(tmp_path / "absent.pth")
 
 
-def test_a_namespace_is_refused_with_its_name_and_a_remedy(weights: Weights, tmp_path: Path) -> None:
+def test_settings_beside_the_weights_are_read_without_their_class(weights: Weights, tmp_path: Path) -> None:
     path = save(tmp_path, {"model": weights, "opt": argparse.Namespace(lr=0.1)})
-    with pytest.raises(UnsafeFileError, match=r"needs argparse\.Namespace: .*save the weights alone"):
-        read_source(path)
+    assert len(read_source(path).tensors) == 320
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -210,12 +221,8 @@ def test_a_hostile_torch_file_is_named_and_not_executed(
     witness = tmp_path / "witness"
     content = {"state_dict": {"a": torch.ones(2)}, "epoch": Hostile(witness)}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    if name != "in.pkl" or zipped:
-        with pytest.raises(UnsafeFileError, match=r"needs posix\.mkdir"):
-            read_source(tmp_path / name)
-    else:
-        with pytest.raises((UnsafeFileError, SourceError)):
-            read_source(tmp_path / name)
+    with pytest.raises(UnsafeFileError, match=r"needs posix\.mkdir"):
+        read_source(tmp_path / name)
     assert not witness.exists()
     torch.load(tmp_path / name, weights_only=False)
     assert witness.exists(), "the file was not hostile, so the test shows nothing"
@@ -227,7 +234,7 @@ def test_a_hostile_plain_pickle_is_not_executed(tmp_path: Path, name: str, proto
     witness = tmp_path / "witness"
     content = pickle.dumps({"model": Hostile(witness)}, protocol=protocol)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UnsafeFileError, match=r"needs posix\.mkdir" if name == "in.pkl" else None):
+    with pytest.raises(UnsafeFileError, match=r"needs posix\.mkdir"):
         read_source(tmp_path / name)
     assert not witness.exists()
     pickle.loads(content)

@@ -1,3 +1,4 @@
+import argparse
 import hashlib
 import os
 import pickle
@@ -107,6 +108,12 @@ def test_a_missing_file_an_artifact_and_a_list_are_refused_with_the_reason(tmp_p
     (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="holds a list"):
         read_record(str(tmp_path / "list.pkl"))
+
+
+def test_a_checkpoint_of_another_project_is_sent_to_the_converter(tmp_path: Path) -> None:
+    path = save(tmp_path / "soco.pth", {"opt": argparse.Namespace(lr=0.1)})
+    with pytest.raises(ValueError, match=r"settings \(opt\).*convert-to-d2 .*soco\.pth OUT\.pkl"):
+        read_record(str(path))
 
 
 def test_an_invalid_record_is_refused(tmp_path: Path) -> None:

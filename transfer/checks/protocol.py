@@ -31,7 +31,7 @@ def departures_of(cfg: Any, weights: WeightsRecord, unscaled: Mapping[str, Any] 
     Args:
         cfg: Resolved config.
         weights: Record of MODEL.WEIGHTS.
-        unscaled: Dotted key -> value before --auto-scale changed it. The linear rule is no departure: the tables name it
+        unscaled: Dotted key -> value before --auto-scale changed it. The linear rule is no departure: tables name it
             in a footnote, with batch, lr and GPUs.
     """
     task = load_tasks().get(cfg.TRANSFER.TASK)
