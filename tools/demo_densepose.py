@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from demo_canvas import FINE
 from demo_coco import COCO_LOOKS, Shot, annotation_file, draw_shots
@@ -21,8 +22,11 @@ from pycocotools import mask as run_lengths
 
 MASK_SIDE = 256
 POINTS_PER_PART = 5
-MIN_SIDE_PX = 24
-"""People with a smaller box have no points, as some in the real data."""
+MARGIN = 6
+"""Points keep this distance from the edges of their part, in 256ths of the box; a part that is too small has none."""
+
+MIN_SIDE_PX = 44
+"""People with a smaller box have no points, and crowds have none, as some in the real data."""
 
 SPLITS = {"train": Split(COCO_TRAIN, 0, 12), "val": Split(COCO_VAL, 0, 12)}
 
@@ -60,7 +64,7 @@ class Surface(NamedTuple):
 def write_densepose(root: Path, seed: int) -> Iterator[Path]:
     """Write coco/{train,val}2014 and coco/annotations/densepose_{train,valminusminival,minival}2014.json below `root`.
 
-    Yields each image file. As in reality some images are in none of the three files: those without a labelled person.
+    Yields each image file. As in reality some images are in none of the three files: those without a person.
     """
     shots: dict[str, list[Shot]] = {}
     for name, split in SPLITS.items():
@@ -79,7 +83,7 @@ def write_densepose(root: Path, seed: int) -> Iterator[Path]:
 
 
 def densepose(shots: Sequence[Shot], seed: int) -> dict[str, Any]:
-    """Content of densepose_*2014.json: the images with a labelled person, of the objects the people."""
+    """Content of densepose_*2014.json: the images with people, and of the objects the people."""
     category = {"supercategory": "person", "id": COCO_LOOKS["person"], "name": "person"}
     images, annotations = [], []
     for shot in shots:
@@ -87,9 +91,8 @@ def densepose(shots: Sequence[Shot], seed: int) -> dict[str, Any]:
         if people:
             images.append(shot.image)
         for placed, annotation in people:
-            rng = np.random.default_rng((seed, annotation["id"]))
-            box = annotation["bbox"]
-            points = _points(shot.scene, placed, box, rng) if min(box[2:]) >= MIN_SIDE_PX else {}
+            is_labelled = placed.pose is not None and min(annotation["bbox"][2:]) >= MIN_SIDE_PX
+            points = _points(shot.scene, placed, annotation, seed) if is_labelled else {}
             annotations.append({**annotation, **points})
     return annotation_file(images, annotations, [category])
 
@@ -113,9 +116,7 @@ def surface_at(scene: Scene, placed: Placed, xs: Floats, ys: Floats) -> Surface:
 
 
 def _people(shot: Shot) -> list[tuple[Placed, dict[str, Any]]]:
-    people = [item for item in shot.objects if item[1]["category_id"] == COCO_LOOKS["person"]]
-    single = [(placed, annotation) for placed, annotation in people if placed.pose is not None]
-    return single if any(min(annotation["bbox"][2:]) >= MIN_SIDE_PX for _, annotation in single) else []
+    return [item for item in shot.objects if item[1]["category_id"] == COCO_LOOKS["person"]]
 
 
 def _own_places(xs: Floats, ys: Floats, pose: Pose) -> tuple[Floats, Floats]:
@@ -126,18 +127,21 @@ def _own_places(xs: Floats, ys: Floats, pose: Pose) -> tuple[Floats, Floats]:
     return (across + 1) / 2, (down - TOP) / (BOTTOM - TOP)
 
 
-def _points(scene: Scene, placed: Placed, box: Sequence[float], rng: np.random.Generator) -> dict[str, Any]:
+def _points(scene: Scene, placed: Placed, annotation: dict[str, Any], seed: int) -> dict[str, Any]:
     """DensePose's keys of one person: some points of every visible part, and the masks.
 
     Points and masks are relative to the box, which is 256 wide and high.
     """
-    left, top, width, height = box
+    rng = np.random.default_rng((seed, annotation["id"]))
+    left, top, width, height = annotation["bbox"]
     scaled_x, scaled_y = np.meshgrid(np.arange(MASK_SIDE) + 0.5, np.arange(MASK_SIDE) + 0.5)
     xs, ys = left + scaled_x * width / MASK_SIDE, top + scaled_y * height / MASK_SIDE
     surface = surface_at(scene, placed, xs.astype(np.float32), ys.astype(np.float32))
     chosen: list[tuple[int, int]] = []
     for part in np.unique(surface.part[surface.part > 0]):
-        places = np.argwhere(surface.part == part)
+        here = (surface.part == part).astype(np.uint8)
+        core = cv2.erode(here, np.ones((2 * MARGIN + 1, 2 * MARGIN + 1), np.uint8), borderValue=0)
+        places = np.argwhere(core)
         chosen += [(int(y), int(x)) for y, x in rng.permutation(places)[:POINTS_PER_PART]]
     rows, columns = np.array(chosen).T
     return {

@@ -36,9 +36,9 @@ PACKAGES = ("densepose", "av", "scipy")
 """The project's package, and what it imports beyond Detectron2's own needs."""
 
 PROJECT = "projects/DensePose"
-SOURCE = f"git+https://github.com/facebookresearch/detectron2.git@c69939aa#subdirectory={PROJECT}"
-# --no-deps: the project asks for Detectron2's newest commit. No isolation: its setup.py imports torch.
-INSTALL = f"pip install av scipy && pip install --no-deps --no-build-isolation '{SOURCE}'"
+UPSTREAM = "https://github.com/facebookresearch/detectron2.git"
+TESTED_COMMIT = "c69939aa"
+"""Where the project is taken from if the installed Detectron2 does not say which commit it is."""
 
 
 def is_installed() -> bool:
@@ -47,7 +47,7 @@ def is_installed() -> bool:
 
 
 def require() -> None:
-    """Refuse a DensePose config where the project is missing.
+    """Refuse a DensePose config where the project is missing, or belongs to another Detectron2.
 
     Raises:
         ValueError: If so; says how to install it.
@@ -56,9 +56,28 @@ def require() -> None:
     if absent:
         raise ValueError(
             f"this config is for DensePose R-CNN, which Detectron2 keeps in a project of its own ({PROJECT}), and "
-            f"{', '.join(absent)} cannot be imported here. Install with: {INSTALL}\nor put the folder {PROJECT} of a "
-            "checkout of Detectron2, of the installed version, on PYTHONPATH, and pip install av scipy"
+            f"{', '.join(absent)} cannot be imported here. {how_to_install()}"
         )
+    try:
+        importlib.import_module("densepose")
+    except ImportError as error:
+        raise ValueError(
+            f"Detectron2's DensePose project does not fit the installed Detectron2 {d2.require().version} ({error}): "
+            f"both must be of one version. {how_to_install()}"
+        ) from error
+
+
+def how_to_install() -> str:
+    """Commands for the version of the project that belongs to the installed Detectron2."""
+    found = d2.require()
+    if found.version == "0.5":  # its project has no setup.py
+        return (
+            f"Install with: pip install av scipy && git clone --depth 1 --branch v0.5 {UPSTREAM} d2-v0.5 && "
+            f"export PYTHONPATH=$PWD/d2-v0.5/{PROJECT}"
+        )
+    source = f"git+{UPSTREAM}@{found.commit or TESTED_COMMIT}#subdirectory={PROJECT}"
+    # --no-deps: the project asks for Detectron2's newest commit. No isolation: its setup.py imports torch.
+    return f"Install with: pip install av scipy && pip install --no-deps --no-build-isolation '{source}'"
 
 
 def _absent() -> list[str]:

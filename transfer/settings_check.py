@@ -152,8 +152,7 @@ def _register(findings: Findings, cfg: Any, args: argparse.Namespace) -> None:
     register_subsets(root, cfg.SEED)
     if cfg.TRANSFER.MAPPER == densepose.MAPPER:
         densepose.register_datasets(root)
-        if not args.check:  # which writes nothing
-            findings.take(_fetch_geometry)
+        findings.take(densepose.check_geometry if args.check else _fetch_geometry)  # --check writes nothing
     findings.notes += use_user_datasets(cfg, args.train_data, args.val_data, eval_only=args.eval_only)
 
 

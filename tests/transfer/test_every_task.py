@@ -36,7 +36,6 @@ METRICS = {
     "cityscapes_maskrcnn": ("mask_AP", "mask_AP50"),
     "semseg": ("mIoU",),
     "maskrcnn": ("box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75"),
-    "densepose": ("box_AP", "dp_AP", "dp_AP50", "dp_AP75"),
     "": ("box_AP", "box_AP50", "box_AP75"),
 }
 """The metrics of the papers' columns, by the first of these words that a protocol's name holds."""
@@ -124,6 +123,8 @@ def test_a_protocol_trains_and_evaluates_with_its_own_evaluator(
         assert train_net.main([*command, "--datasets-root", str(datasets), "MODEL.WEIGHTS", str(weights)]) == 2
         assert reason in capsys.readouterr().err
         return
+    if "densepose" in name:
+        pytest.skip("tests/transfer/test_densepose.py trains it, with made-up body geometry")
     results = run_small(task, datasets, weights, tmp_path)
     assert (results["task"], results["recipe"]) == (task.id, task.recipe)
     assert set(metrics_of(task)) <= set(results["metrics"])
