@@ -133,7 +133,8 @@ def metric_names(scalars: Mapping[str, float]) -> dict[str, float | None]:
 
     Returns:
         "box_AP", "mask_AP50", "mIoU", ..., with several test sets "voc_2007_test/box_AP". Per-class values
-        ("bbox/AP-cat") are left out; NaN, which Detectron2 gives where there is nothing to find, becomes None.
+        ("bbox/AP-cat") are left out; None stands for what cannot be measured for want of objects, for which Detectron2
+        gives NaN and the evaluators below it a negative number (lvis: -1, so -100 per cent).
     """
     named: dict[str, float | None] = {}
     for name, value in scalars.items():
@@ -144,7 +145,7 @@ def metric_names(scalars: Mapping[str, float]) -> dict[str, float | None]:
             ours = SEM_SEG_NAMES[metric]
         else:
             continue
-        named["/".join([*dataset, ours])] = value if math.isfinite(value) else None
+        named["/".join([*dataset, ours])] = value if math.isfinite(value) and value >= 0 else None
     return named
 
 

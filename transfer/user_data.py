@@ -19,6 +19,7 @@ def use_user_datasets(cfg: Any, train_data: str | None, val_data: str | None, *,
         return []
     if not val_data or not (train_data or eval_only):
         raise ValueError("give --train-data and --val-data together (--eval-only: --val-data is enough)")
+    _refuse_other_labels(cfg)
     with_masks = bool(cfg.MODEL.MASK_ON)
     if train_data:
         trained, val = register_user_datasets(train_data, val_data, with_masks=with_masks)
@@ -38,3 +39,16 @@ def use_user_datasets(cfg: Any, train_data: str | None, val_data: str | None, *,
         cfg.INPUT.MASK_FORMAT = "bitmask"
         notes.append("INPUT.MASK_FORMAT is bitmask, because some masks are run-length encoded.")
     return notes
+
+
+def _refuse_other_labels(cfg: Any) -> None:
+    labels = {
+        "keypoints": cfg.MODEL.KEYPOINT_ON,
+        "a class for every pixel": "sem_seg" in cfg.TRANSFER.MAPPER,
+        "DensePose's points": cfg.TRANSFER.MAPPER == "densepose",
+    }
+    if needed := [name for name, is_needed in labels.items() if is_needed]:
+        raise ValueError(
+            f"--train-data and --val-data read boxes and masks, but this config trains on {needed[0]}. Lay your data out "
+            "as its dataset (the names in DATASETS.TRAIN and DATASETS.TEST) and give the folder to --datasets-root"
+        )

@@ -6,6 +6,7 @@ The datasets lie in the real layouts, drawn by tools/make_demo_data.py; some pro
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ TINY = {
     "INPUT.MAX_SIZE_TRAIN": 96,
     "INPUT.MIN_SIZE_TEST": 64,
     "INPUT.MAX_SIZE_TEST": 96,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 8,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 4,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "TEST.DETECTIONS_PER_IMAGE": 4,
 }
 
 
@@ -65,6 +67,9 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, load_tool: Any) -> Path:
     root = tmp_path_factory.mktemp("datasets") / "demo"
     assert load_demo(load_tool).main([str(root), "--images", "1"]) == 0
     assert load_tool("make_coco_subsets").main([str(root), "--seeds", "0"]) == 0
+    lists = root / "coco" / "subsets"
+    for percent in (1, 2, 5):  # of 48 images, too few to hold an object each
+        shutil.copy(lists / "train2017_10pct_seed0.txt", lists / f"train2017_{percent}pct_seed0.txt")
     return root
 
 

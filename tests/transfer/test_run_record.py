@@ -74,6 +74,10 @@ def test_metrics_get_the_names_of_the_published_numbers() -> None:
     assert metric_names({"keypoints/AP50": 1.0, "densepose_gps/AP": 2.0}) == {"keypoint_AP50": 1.0, "dp_AP": 2.0}
 
 
+def test_what_could_not_be_measured_is_unknown_and_not_negative() -> None:
+    assert metric_names({"bbox/APl": -100.0, "bbox/AP": 0.0}) == {"box_APl": None, "box_AP": 0.0}
+
+
 def test_the_mean_iou_has_one_name_whichever_evaluator_gives_it() -> None:
     assert metric_names({"sem_seg/IoU": 75.0, "sem_seg/IoU_sup": 80.0}) == {"mIoU": 75.0}
     assert metric_names({"sem_seg/mIoU": 75.0, "sem_seg/IoU-road": 80.0}) == {"mIoU": 75.0}
