@@ -18,58 +18,18 @@ MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 DEPARTURE = "SOLVER.MAX_ITER is 30, the task's is 24000"
 
 
-def _write(
-    folder,
-    metrics,
-    *,
-    task=VOC,
-    recipe="c4_extra_norm",
-    label="ours",
-    method="moco_v2",
-    epochs=200,
-    path="weights.pkl",
-    seed=0,
-    departures=(),
-    **provenance,
-):
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {"rand_augment": False, **provenance}
-    known = {"method": method, "epochs": epochs, "dataset": {"images": 1281167}, "view_options": options}
-    content = {
-        "schema": 1,
-        "task": task,
-        "recipe": recipe,
-        "label": label,
-        "weights": {"path": path, "sha256": None if "://" in path or not path else "ab" * 32, "provenance": known},
-        "metrics": metrics,
-        "departures": list(departures),
-        "schedule": {"iterations": 48000, "batch_size": 8, "base_lr": 0.01, "num_gpus": 4, "auto_scaled": True},
-        "datasets": {"train": ["voc_2007_trainval"], "test": ["voc_2007_test"]},
-        "config_digest": "d1",
-        "seed": seed,
-        "versions": {"detectron2": "0.6"},
-        "hardware": "4x V100",
-        "hours": 6.0,
-        "finished": "2026-01-01T00:00:00Z",
-    }
-    (folder / "results.json").write_text(json.dumps(content))
-
-
-def _runs(tmp_path):
+@pytest.fixture
+def runs(tmp_path, write_run):
     for seed in range(3):
-        _write(tmp_path / f"s{seed}", {"box_AP": 55.0 + seed / 10, "box_AP50": 82.0}, seed=seed, label="50%_a|b & [c]")
-    _write(tmp_path / "sup", {"box_AP": 53.4, "box_AP50": 81.2}, path=MSRA, label="supervised")
-    _write(tmp_path / "quick", {"box_AP": 0.4}, departures=[DEPARTURE], label="[quick]")
+        metrics = {"box_AP": 55.0 + seed / 10, "box_AP50": 82.0}
+        write_run(tmp_path / f"s{seed}", metrics, seed=seed, label="50%_a|b & [c]")
+    write_run(tmp_path / "sup", {"box_AP": 53.4, "box_AP50": 81.2}, path=MSRA, label="supervised")
+    write_run(tmp_path / "quick", {"box_AP": 0.4}, departures=[DEPARTURE], label="[quick]")
     return tmp_path
 
 
-def _printed(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_text_is_aligned_and_fits_the_terminal(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path))
+def test_text_is_aligned_and_fits_the_terminal(printed, runs):
+    text = printed(runs)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
     ours = next(line for line in lines if line.startswith("> 50%_a|b & [c]"))
@@ -82,13 +42,13 @@ def test_text_is_aligned_and_fits_the_terminal(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", dict.fromkeys(row.task for row in load_reference().results))
-def test_the_published_rows_of_every_task_fit_the_terminal(task, capsys):
-    text = _printed(capsys, "--task", task)
+def test_the_published_rows_of_every_task_fit_the_terminal(task, printed):
+    text = printed("--task", task)
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_markdown_has_equal_columns_in_every_line(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--format", "md")
+def test_markdown_has_equal_columns_in_every_line(printed, runs):
+    text = printed(runs, "--format", "md")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     columns = [len(re.split(r"(?<!\\)\|", line)) for line in rows]
     assert set(columns) == {len(["pretraining", "epochs", "AP", "AP50", "AP75", "notes"]) + 2}
@@ -96,8 +56,8 @@ def test_markdown_has_equal_columns_in_every_line(tmp_path, capsys):
     assert any(line.startswith(r"| **50%\_a\|b & \[c\] (3 runs)** (ours) | 200 | **55.1") for line in rows)
 
 
-def test_latex_is_escaped_and_balanced(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--format", "latex")
+def test_latex_is_escaped_and_balanced(printed, runs):
+    text = printed(runs, "--format", "latex")
     assert r"\textbf{50\%\_a\textbar{}b \& [c] (3 runs)}" in text
     assert r"{[quick]} &" in text  # else LaTeX reads the bracket as an argument of the line end
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
@@ -114,8 +74,8 @@ def test_escapes():
     assert escape_markdown("a_b*c|d[e]") == r"a\_b\*c\|d\[e\]"
 
 
-def test_csv_has_one_row_per_number(tmp_path, capsys):
-    rows = list(csv.DictReader(io.StringIO(_printed(capsys, _runs(tmp_path), "--format", "csv"))))
+def test_csv_has_one_row_per_number(printed, runs):
+    rows = list(csv.DictReader(io.StringIO(printed(runs, "--format", "csv"))))
     ours = [row for row in rows if row["kind"] == "ours" and row["pretraining"].startswith("50%")]
     assert [row["metric"] for row in ours] == ["box_AP", "box_AP50"]
     assert float(ours[0]["value"]) == pytest.approx(55.1)
@@ -128,10 +88,10 @@ def test_csv_has_one_row_per_number(tmp_path, capsys):
     assert [row["departures"] for row in rows if row["kind"] == "departed"] == [DEPARTURE]
 
 
-def test_json_holds_the_same_and_what_was_left_out(tmp_path, capsys):
+def test_json_holds_the_same_and_what_was_left_out(tmp_path, printed, runs):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text("{")
-    content = json.loads(_printed(capsys, _runs(tmp_path), "--format", "json"))
+    content = json.loads(printed(runs, "--format", "json"))
     assert (content["format"], content["schema"]) == ("detco-results", 1)
     (table,) = content["tables"]
     ours = next(row for row in table["rows"] if row["kind"] == "ours" and row["epochs"] == 200)
@@ -143,8 +103,8 @@ def test_json_holds_the_same_and_what_was_left_out(tmp_path, capsys):
     assert "not JSON" in content["left_out"][0]["reason"]
 
 
-def test_what_is_left_out_is_named_on_standard_error(tmp_path, capsys):
-    _write(tmp_path / "good", {"box_AP": 50.0})
+def test_what_is_left_out_is_named_on_standard_error(tmp_path, capsys, write_run):
+    write_run(tmp_path / "good", {"box_AP": 50.0})
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "results.json").write_text("{}")
     assert main([str(tmp_path)]) == 0
@@ -160,17 +120,17 @@ def test_nothing_usable_is_exit_code_two(tmp_path, capsys):
     assert "name run directories" in capsys.readouterr().err
 
 
-def test_a_task_that_nobody_published_needs_runs_and_then_tells_what_comes_near(tmp_path, capsys):
+def test_a_task_that_nobody_published_needs_runs_and_then_tells_what_comes_near(tmp_path, capsys, write_run, printed):
     assert main(["--task", "coco_fcos_1x"]) == 2
     assert "nothing is published for coco_fcos_1x" in capsys.readouterr().err
-    _write(tmp_path, {"box_AP": 39.0}, task="coco_fcos_1x", recipe="moco")
-    text = _printed(capsys, tmp_path)
+    write_run(tmp_path, {"box_AP": 39.0}, task="coco_fcos_1x", recipe="moco")
+    text = printed(tmp_path)
     assert "No published numbers" in text
     assert "coco_fcos_1x_mmdet" in text
 
 
-def test_the_width_of_the_text_is_a_choice(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--width", "70")
+def test_the_width_of_the_text_is_a_choice(printed, runs):
+    text = printed(runs, "--width", "70")
     assert max(map(len, text.splitlines())) <= 70
     assert "55.1*(+1.7)" in text
 
@@ -180,21 +140,21 @@ def test_an_unknown_task_gets_the_nearest_one(capsys):
     assert "did you mean coco_retinanet_1x?" in capsys.readouterr().err
 
 
-def test_a_task_without_our_runs_is_told_apart_from_an_unknown_one(tmp_path, capsys):
-    _write(tmp_path, {"box_AP": 50.0})
+def test_a_task_without_our_runs_is_told_apart_from_an_unknown_one(tmp_path, capsys, write_run):
+    write_run(tmp_path, {"box_AP": 50.0})
     assert main([str(tmp_path), "--recipe", "moco"]) == 2
     assert f"{VOC} (c4_extra_norm)" in capsys.readouterr().err
 
 
-def test_no_reference_leaves_the_published_rows_out(tmp_path, capsys):
-    text = _printed(capsys, _runs(tmp_path), "--no-reference")
+def test_no_reference_leaves_the_published_rows_out(printed, runs):
+    text = printed(runs, "--no-reference")
     assert "published --" not in text
     assert "InsDis" not in text
     assert "55.1 (+1.7)" in text
 
 
-def test_the_suffix_of_the_file_chooses_the_format(tmp_path, capsys):
-    _write(tmp_path / "run", {"box_AP": 50.0})
+def test_the_suffix_of_the_file_chooses_the_format(tmp_path, capsys, write_run):
+    write_run(tmp_path / "run", {"box_AP": 50.0})
     for suffix, start in ((".md", "###"), (".tex", "% needs"), (".csv", "task,"), (".json", "{"), (".txt", "VOC")):
         file = tmp_path / f"out{suffix}"
         assert main([str(tmp_path / "run"), "-o", str(file)]) == 0
@@ -203,14 +163,13 @@ def test_the_suffix_of_the_file_chooses_the_format(tmp_path, capsys):
     assert "add --format" in capsys.readouterr().err
 
 
-def test_list_tasks_counts_the_published_rows(capsys):
-    lines = _printed(capsys, "--list-tasks").splitlines()[1:]
+def test_list_tasks_counts_the_published_rows(printed):
+    lines = printed("--list-tasks").splitlines()[1:]
     assert sum(int(line.split()[1]) for line in lines) == 471
 
 
-def test_a_console_without_the_sign_gets_another_one(tmp_path):
-    _runs(tmp_path)
-    command = [sys.executable, "-m", "transfer.results.cli", str(tmp_path)]
+def test_a_console_without_the_sign_gets_another_one(runs):
+    command = [sys.executable, "-m", "transfer.results.cli", str(runs)]
     result = subprocess.run(
         command, capture_output=True, check=True, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}
     )

@@ -12,11 +12,8 @@ import pytest
 import yaml
 
 from transfer.results.cli import main
-from transfer.results.paper_layout import build_paper_table
 from transfer.results.paper_tables import PAPER_TABLES_FILE, load_paper_tables, parse_paper_tables
 from transfer.results.reference import ReferenceDataError, load_reference
-from transfer.results.repeats import group_repeats
-from transfer.results.runs import find_runs
 from transfer.tasks import load_tasks
 
 # By table: rows, columns, numbers, their sum, and three of them as (row, column, number); transcribed from the papers
@@ -65,16 +62,6 @@ SHAPES = {
 REFERENCE = Path(os.environ.get("DETCO_TEST_REFERENCE", Path(__file__).parents[3] / "shared/reference"))
 
 
-def _table(name, folder, **options):
-    measurements, _ = group_repeats(find_runs([folder])[0])
-    return build_paper_table(load_paper_tables()[name], load_reference(), measurements, **options)
-
-
-def _printed(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
 def _grid(markdown):
     """Return name, epochs and numbers (None for "-", else text without the difference) of each row of Markdown."""
     lines = [line for line in markdown.splitlines() if line.startswith("| ")][2:]
@@ -106,8 +93,8 @@ def test_every_table_of_both_papers_is_there():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_table_has_the_papers_shape_and_numbers(name, capsys):
-    grid = _grid(_printed(capsys, "--layout", "paper", "--table", name, "--format", "md"))
+def test_a_table_has_the_papers_shape_and_numbers(name, printed):
+    grid = _grid(printed("--layout", "paper", "--table", name, "--format", "md"))
     num_rows, num_columns, count, total, picks = SHAPES[name]
     assert len(grid) == num_rows
     assert {len(cells) for _, _, cells in grid} == {num_columns}
@@ -120,8 +107,8 @@ def test_a_table_has_the_papers_shape_and_numbers(name, capsys):
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no transcription of the papers' tables in {REFERENCE}")
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_number_of_the_transcription_is_printed_in_its_cell(name, capsys):
-    grid = _grid(_printed(capsys, "--layout", "paper", "--table", name, "--format", "md"))
+def test_every_number_of_the_transcription_is_printed_in_its_cell(name, printed):
+    grid = _grid(printed("--layout", "paper", "--table", name, "--format", "md"))
     table = _transcribed()[name]
     for (ours, epochs, cells), (theirs, values) in zip(grid, table["rows"].items(), strict=True):
         expected = [None if value is None else value if value == "NaN" else f"{value:.1f}" for value in values]
@@ -141,15 +128,15 @@ def test_the_transcription_has_no_further_table():
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 160])
-def test_no_line_is_wider_than_the_terminal(width, capsys):
+def test_no_line_is_wider_than_the_terminal(width, printed):
     arguments = [word for name in SHAPES for word in ("--table", name)]
-    text = _printed(capsys, "--layout", "paper", *arguments, "--width", width)
+    text = printed("--layout", "paper", *arguments, "--width", width)
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_wide_tables_fold_and_narrow_ones_do_not(capsys):
+def test_wide_tables_fold_and_narrow_ones_do_not(printed):
     def heads(width):
-        text = _printed(capsys, "--layout", "paper", "--table", "detco/3", "--width", width)
+        text = printed("--layout", "paper", "--table", "detco/3", "--width", width)
         return [line for line in text.splitlines() if line.lstrip().startswith("pretraining")], text
 
     folded, text = heads(80)
@@ -164,8 +151,8 @@ def test_wide_tables_fold_and_narrow_ones_do_not(capsys):
     assert "left out" in heads(int(needed) - 1)[1]
 
 
-def test_the_groups_stand_side_by_side_in_the_papers_order(capsys):
-    text = _printed(capsys, "--layout", "paper", "--table", "detco/7")
+def test_the_groups_stand_side_by_side_in_the_papers_order(printed):
+    text = printed("--layout", "paper", "--table", "detco/7")
     titles = next(line for line in text.splitlines() if "RetinaNet 12k" in line and "|" in line)
     assert [part.strip(" -") for part in titles.split("|")] == [
         "RetinaNet 12k",
@@ -175,16 +162,16 @@ def test_the_groups_stand_side_by_side_in_the_papers_order(capsys):
     ]
 
 
-def test_rows_of_other_recipes_are_marked_as_such(capsys):
-    table = _table("soco/1", Path("nowhere"))
+def test_rows_of_other_recipes_are_marked_as_such(printed, paper_table):
+    table = paper_table("soco/1", Path("nowhere"))
     assert {row.name for row in table.rows_of("published")} == {"SoCo", "SoCo*"}
     quoted = [entry for row in table.rows_of("quoted") for entry in row.entries]
     assert {entry.recipe for entry in quoted} == {"as quoted by SoCo"}
-    (supervised,) = _table("soco/12", Path("nowhere")).rows_of("quoted")
+    (supervised,) = paper_table("soco/12", Path("nowhere")).rows_of("quoted")
     assert supervised.entries[0].task == "coco_maskrcnn_fpn_1x"
-    quoted_in = {name for name in SHAPES if _table(name, Path("nowhere")).rows_of("quoted")}
+    quoted_in = {name for name in SHAPES if paper_table(name, Path("nowhere")).rows_of("quoted")}
     assert quoted_in == {"soco/1", "soco/12"}
-    assert "other recipes" in _printed(capsys, "--layout", "paper", "--table", "soco/1")
+    assert "other recipes" in printed("--layout", "paper", "--table", "soco/1")
 
 
 @pytest.mark.parametrize(
@@ -211,8 +198,8 @@ def test_rows_of_other_recipes_are_marked_as_such(capsys):
         ("soco/12", "Not like for like"),
     ],
 )
-def test_the_traps_are_told_beside_the_numbers(name, text, capsys):
-    printed = " ".join(_printed(capsys, "--layout", "paper", "--table", name).split())
+def test_the_traps_are_told_beside_the_numbers(name, text, printed):
+    printed = " ".join(printed("--layout", "paper", "--table", name).split())
     assert text.lower() in printed.lower()
 
 
@@ -236,9 +223,9 @@ def test_every_published_protocol_fills_a_column():
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_latex_compiles(tmp_path, capsys):
+def test_latex_compiles(tmp_path, printed):
     tables = [word for name in SHAPES for word in ("--table", name)]
-    text = _printed(capsys, "--layout", "paper", *tables, "--format", "latex")
+    text = printed("--layout", "paper", *tables, "--format", "latex")
     packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs}\usepackage{graphicx}\extrafloats{100}"
     (tmp_path / "main.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
@@ -246,8 +233,8 @@ def test_latex_compiles(tmp_path, capsys):
     assert result.returncode == 0, result.stdout[-2000:]
 
 
-def test_a_table_stands_for_its_sub_tables(capsys):
-    text = _printed(capsys, "--layout", "paper", "--table", "soco/5")
+def test_a_table_stands_for_its_sub_tables(printed):
+    text = printed("--layout", "paper", "--table", "soco/5")
     assert re.findall(r"^(\S+/\S+): ", text, flags=re.MULTILINE) == ["soco/5a", "soco/5b", "soco/5c", "soco/5d"]
 
 
@@ -267,8 +254,8 @@ def test_wrong_input_says_what_to_do(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_list_names_every_table_with_the_tasks_that_fill_it(capsys):
-    text = _printed(capsys, "--list-tables")
+def test_the_list_names_every_table_with_the_tasks_that_fill_it(printed):
+    text = printed("--list-tables")
     assert [line.split()[0] for line in text.splitlines()[1:] if not line.startswith(" ")] == list(SHAPES)
     assert "R50-FPN, 1x: coco_maskrcnn_fpn_1x/4conv1fc" in text
     assert "no run of ours (coco_fcos_1x_mmdet); nearest: coco_fcos_1x" in text

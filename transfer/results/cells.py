@@ -1,8 +1,9 @@
 """Numbers as readers see them: "39.8", "39.8 (+0.9)", with one decimal as in the papers."""
 
 import math
+from collections.abc import Sequence
 
-from transfer.results.table import Cell, Row
+from transfer.results.table import Cell, Group, Row
 
 PLUS_MINUS = "\u00b1"
 NOTHING = "-"
@@ -43,9 +44,10 @@ def whole(cell: Cell | None, *, with_difference: bool = True) -> str:
     return " ".join(filter(None, (f"{number(cell.value)}{spread}{mark(cell)}", bracket)))
 
 
-def runs(row: Row) -> str:
-    """Return the number of our runs, e.g. "3 runs" or, where columns have different ones, "1-3 runs"; "" for one."""
-    counts = {len(measurement.runs) for measurement in row.measurements}
+def runs(row: Row, groups: Sequence[Group]) -> str:
+    """Return the number of our runs in the columns of these groups: "3 runs", "1-3 runs" if they differ; "" for one."""
+    places = {(group.task, group.recipe) for group in groups}
+    counts = {len(item.runs) for item in row.measurements if (item.first.task, item.first.recipe) in places}
     if max(counts, default=0) < 2:
         return ""
     return f"{max(counts)} runs" if len(counts) == 1 else f"{min(counts)}-{max(counts)} runs"

@@ -65,11 +65,11 @@ def _markdown_table(table: Table) -> str:
 
 def _markdown_cells(table: Table, row: Row) -> list[str]:
     name = escape_markdown(row.name)
-    if cells.runs(row):
-        name += f" ({cells.runs(row)})"
+    if runs := cells.runs(row, table.groups):
+        name += f" ({runs})"
     numbers = [escape_markdown(text) for text in _numbers(table, row)]
     if row.kind == "ours":
-        name, numbers = f"**{name}** (ours)", [f"**{text}**" for text in numbers]
+        name, numbers = f"**{name}** (ours)", [text if text == cells.NOTHING else f"**{text}**" for text in numbers]
     elif row.kind == "departed":
         name = f"*{name}* (ours, other protocol)"
     elif row.kind == "quoted":
@@ -142,11 +142,13 @@ def _latex_groups(table: Table) -> list[str]:
 
 
 def _latex_cells(table: Table, row: Row) -> list[str]:
-    name = escape_latex(row.name) + (f" ({cells.runs(row)})" if cells.runs(row) else "")
+    runs = cells.runs(row, table.groups)
+    name = escape_latex(row.name) + (f" ({runs})" if runs else "")
     # A minus sign, not a hyphen, before a difference.
     numbers = [escape_latex(text).replace("(-", "($-$") for text in _numbers(table, row)]
     if row.kind == "ours":
-        name, numbers = rf"\textbf{{{name}}}", [rf"\textbf{{{text}}}" for text in numbers]
+        name = rf"\textbf{{{name}}}"
+        numbers = [text if text == cells.NOTHING else rf"\textbf{{{text}}}" for text in numbers]
     else:
         name = f"{{{name}}}"  # after a line end LaTeX would take "[" or "*" for an argument
     cited = f"[{','.join(str(citation) for citation in row.citations)}]" if row.citations else ""

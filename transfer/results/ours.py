@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ def our_rows(
     legend: Legend,
     *,
     where: str = "",
+    tells_baselines: bool = True,
 ) -> list[Row]:
     """Return our rows that follow the published protocol, then those that depart from it.
 
@@ -30,22 +32,24 @@ def our_rows(
         published: Rows that ours may be compared with; empty for no comparison.
         legend: Takes the notes.
         where: What the notes begin with, to tell the columns that they belong to.
+        tells_baselines: Whether the notes say what is particular about the differences; False where none are shown.
     """
     measurements = sorted(measurements, key=rank)  # stable: the order given within a rank
     following = [item for item in measurements if not item.first.departures]
     departing = [item for item in measurements if item.first.departures]
     usual = reference.usual_weight_decay
     rows = []
-    supervised = supervised_of(following)
-    for item in following:
-        baseline = own_baseline(supervised, item, usual)
-        told = f"{where}{_conditions(item, usual)}{_baseline_note(item, baseline, usual)}"
-        rows.append(_following_row(reference, item, baseline, published, legend, told))
-    supervised = supervised_of(departing)
-    for item in departing:
-        baseline = own_baseline(supervised, item, usual)
-        told = f"{where}{_conditions(item, usual)}{_baseline_note(item, baseline, usual)}"
-        rows.append(_departing_row(item, baseline, legend, told))
+    for items in (following, departing):
+        supervised = supervised_of(items)
+        for item in items:
+            baseline = own_baseline(supervised, item, usual)
+            told = f"{where}{_conditions(item, usual)}"
+            if tells_baselines:
+                told += _baseline_note(item, baseline, supervised, usual)
+            if item.first.departures:
+                rows.append(_departing_row(item, baseline, legend, told))
+            else:
+                rows.append(_following_row(reference, item, baseline, published, legend, told))
     return rows
 
 
@@ -73,21 +77,16 @@ def own_baseline(supervised: Sequence[Measurement], ours: Measurement, usual: fl
     It was fine-tuned on the same data with the same departures, on as many images and with the same lr per image (which
     Detectron2's scaling to other numbers of GPUs keeps). One with the same weight decay goes before one with another
     (SoCo's 2.5e-5 is measured against supervised rows with the usual one), then MSRA's weights, which the papers use,
-    before others.
+    before others. On subsets it has at least one run on the same images as the row.
 
     Args:
         supervised: Where to look for it.
         ours: The row.
         usual: Weight decay of runs that do not record theirs.
     """
-
-    def protocol(item: Measurement) -> tuple[object, ...]:
-        schedule = item.first.schedule
-        iterations, batch, lr = (schedule.get(key, 0) for key in ("iterations", "batch_size", "base_lr"))
-        return item.first.departures, item.first.datasets, iterations * batch, round(lr / max(batch, 1), 9)
-
-    wanted = protocol(ours)
-    alike = [item for item in supervised if protocol(item) == wanted]
+    alike = _alike(supervised, ours)
+    if is_on_subset(ours.first):
+        alike = [item for item in alike if _pairs(ours, item)]
     own = weight_decay(ours, usual)
 
     def distance(item: Measurement) -> tuple[bool, bool]:
@@ -96,26 +95,71 @@ def own_baseline(supervised: Sequence[Measurement], ours: Measurement, usual: fl
     return min(alike, key=distance, default=None)
 
 
-def _baseline_note(ours: Measurement, baseline: Measurement | None, usual: float) -> str:
-    """Return what to say if the supervised row has another weight decay, else ""."""
-    if baseline is None or identify(ours.first).is_supervised:
+def _alike(supervised: Sequence[Measurement], ours: Measurement) -> list[Measurement]:
+    """Return the supervised measurements with the protocol of a row of ours, but for weight decay and GPUs."""
+
+    def protocol(item: Measurement) -> tuple[object, ...]:
+        schedule = item.first.schedule
+        iterations, batch, lr = (schedule.get(key, 0) for key in ("iterations", "batch_size", "base_lr"))
+        return item.first.departures, item.first.datasets, iterations * batch, round(lr / max(batch, 1), 9)
+
+    wanted = protocol(ours)
+    return [item for item in supervised if protocol(item) == wanted]
+
+
+def _pairs(ours: Measurement, baseline: Measurement) -> list[tuple[Run, Run]]:
+    """Return the runs on subsets of a row and of its baseline that saw the same images: those of the same seed."""
+    return [
+        (mine, other)
+        for mine in ours.runs
+        for other in baseline.runs
+        if mine.seed is not None and (mine.seed, mine.subsets) == (other.seed, other.subsets)
+    ]
+
+
+def _baseline_note(
+    ours: Measurement, baseline: Measurement | None, supervised: Sequence[Measurement], usual: float
+) -> str:
+    """Return what to say if the supervised row has another weight decay or other images, else ""."""
+    if identify(ours.first).is_supervised:
         return ""
+    if baseline is None:
+        missing = " No difference: no supervised run of ours saw the same images, those of the same seed."
+        return missing if _alike(supervised, ours) else ""
     own, other = weight_decay(ours, usual), weight_decay(baseline, usual)
-    return "" if own == other else f" Our supervised row has weight decay {other:g}, this one {own:g}."
+    note = "" if own == other else f" Our supervised row has weight decay {other:g}, this one {own:g}."
+    if is_on_subset(ours.first):
+        seeds = [str(run.seed) for run, _ in _pairs(ours, baseline)]
+        if len(seeds) < max(len(ours.runs), len(baseline.runs)):
+            which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(seeds)}"
+            note += f" Difference to our supervised row over {which} alone: other seeds have other images."
+    return note
 
 
 def _cells(ours: Measurement, baseline: Measurement | None) -> dict[str, Cell]:
     """Return the cells with the differences to our supervised row, which has none itself."""
     supervised = baseline if baseline and not identify(ours.first).is_supervised else None
-    return {
-        metric: Cell(
-            ours.mean(metric),
-            std=ours.std(metric),
-            num_runs=len(ours.values(metric)),
-            supervised=supervised.mean(metric) if supervised and metric in supervised.metrics else None,
-        )
-        for metric in ours.metrics
-    }
+    return {metric: _cell(metric, ours, supervised) for metric in ours.metrics}
+
+
+def _cell(metric: str, ours: Measurement, supervised: Measurement | None) -> Cell:
+    """Return the cell of a metric; on subsets the difference is over the images that both rows saw."""
+    cell = Cell(ours.mean(metric), std=ours.std(metric), num_runs=len(ours.values(metric)))
+    if supervised is None or metric not in supervised.metrics:
+        return cell
+    if not is_on_subset(ours.first):
+        return replace(cell, supervised=supervised.mean(metric))
+    both = [
+        (mine, other) for mine, other in _pairs(ours, supervised) if metric in mine.metrics and metric in other.metrics
+    ]
+    if not both:
+        return cell
+    matched = statistics.fmean(mine.metrics[metric] for mine, _ in both)
+    return replace(
+        cell,
+        supervised=statistics.fmean(other.metrics[metric] for _, other in both),
+        matched=matched if len(both) < cell.num_runs else None,
+    )
 
 
 def _following_row(
@@ -157,14 +201,7 @@ def _compared(metric: str, cell: Cell, twin: Row, noise: Noise | None) -> Cell:
         return cell
     num_published = max(entry.trials or 1 for entry in twin.entries)
     allowed = noise.allowed_difference(metric, num_ours=cell.num_runs, num_published=num_published) if noise else None
-    return Cell(
-        cell.value,
-        std=cell.std,
-        num_runs=cell.num_runs,
-        supervised=cell.supervised,
-        published=twin.cells[metric].value,
-        allowed=allowed,
-    )
+    return replace(cell, published=twin.cells[metric].value, allowed=allowed)
 
 
 def _comparison(

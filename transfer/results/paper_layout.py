@@ -143,38 +143,63 @@ def _ours(
     parts: list[tuple[Group, Row]] = []
     for group, place in zip(groups, paper_table.groups, strict=True):
         selected = [item for item in measurements if place.takes(item.first.task, item.first.recipe)]
-        entries = reference.rows(group.task, group.recipe) if with_published else []
-        published = published_rows(entries, reference, Legend())  # compared with, not shown: they cite nothing here
+        published = _compared_with(paper_table, reference, group) if with_published else []
         where = f"{group.title}: " if len(groups) > 1 else ""
-        parts += [(group, row) for row in our_rows(reference, selected, published, legend, where=where)]
+        found = our_rows(reference, selected, published, legend, where=where, tells_baselines=paper_table.brackets)
+        parts += [(group, row) for row in found]
     rows = _joined(parts, reference.usual_weight_decay)
     return sorted(rows, key=lambda row: rank(row.measurements[0]))
 
 
-def _joined(parts: Sequence[tuple[Group, Row]], usual: float) -> list[Row]:
-    """Return one row per weights file and label, whatever the number of tasks; what departs has a row of its own.
+def _compared_with(paper_table: PaperTable, reference: Reference, group: Group) -> list[Row]:
+    """Return the rows that ours are judged against: the table's own before those of other tables, by their names here.
 
-    Where one group of columns has several measurements of the same weights (other weight decay, GPUs, data), those with
-    equal weight decay share a row, then those of equal rank.
+    They are not shown, so that they cite nothing.
     """
-    by_weights: dict[tuple[object, ...], list[tuple[Group, Row]]] = {}
+    own = [entry for entry in _all(paper_table) if (entry.task, entry.recipe) == (group.task, group.recipe)]
+    elsewhere = [
+        entry
+        for entry in reference.rows(group.task, group.recipe)
+        if entry.printed_in(paper_table.paper, paper_table.table) is None
+    ]
+    rows = published_rows([*own, *elsewhere], reference, Legend())
+    return [replace(row, name=_printed_name(paper_table, row)) for row in rows]
+
+
+def _printed_name(paper_table: PaperTable, published: Row) -> str:
+    """Return the name of a published row as the table prints it, its usual one if it stands elsewhere."""
+    first = published.entries[0]
+    placed = zip(paper_table.rows, paper_table.entries, strict=True)
+    return next((row.name for row, entries in placed if first in entries), published.name)
+
+
+def _joined(parts: Sequence[tuple[Group, Row]], usual: float) -> list[Row]:
+    """Return one row per weights file, label and protocol, whatever the number of tasks; what departs stands apart.
+
+    Measurements of one group of columns that tie in all of it (other data, say) share rows by their rank.
+    """
+    by_weights: dict[tuple[object, ...], dict[tuple[object, ...], list[tuple[Group, Row]]]] = {}
+    seen: Counter[tuple[object, ...]] = Counter()
     for group, row in parts:
         run = row.measurements[0].first
-        key = (row.kind, run.weights_sha256 or run.weights_path.split("?")[0], run.label)
-        by_weights.setdefault(key, []).append((group, row))
-    rows = []
-    for found in by_weights.values():
-        if max(Counter(group.prefix for group, _ in found).values()) == 1:
-            rows.append(_one_row(found))
-            continue
-        apart: dict[tuple[float, int], list[tuple[Group, Row]]] = {}
-        seen: Counter[tuple[str, float]] = Counter()
-        for group, row in found:
-            decay = weight_decay(row.measurements[0], usual)
-            apart.setdefault((decay, seen[group.prefix, decay]), []).append((group, row))
-            seen[group.prefix, decay] += 1
-        rows += [_one_row(parts) for parts in apart.values()]
-    return rows
+        weights = (row.kind, run.weights_sha256 or run.weights_path.split("?")[0], run.label)
+        protocol = _protocol(row.measurements[0], usual)
+        ordinal = seen[group.prefix, weights, protocol]
+        seen[group.prefix, weights, protocol] += 1
+        by_weights.setdefault(weights, {}).setdefault((protocol, ordinal), []).append((group, row))
+    return [_one_row(found) for apart in by_weights.values() for found in apart.values()]
+
+
+def _protocol(item: Measurement, usual: float) -> tuple[object, ...]:
+    """Return what the numbers of one row share, whatever the tasks' own values: GPUs, scaling, decay, departures.
+
+    Batch, lr and iterations are not compared: tasks differ in them by nature (Cityscapes has 8 or 16 images). Beyond
+    the task's own they follow from the departures and, if scaled, from the number of GPUs.
+    """
+    run = item.first
+    departures = frozenset(sentence.partition(", the task's is ")[0] for sentence in run.departures)
+    scaled = bool(run.schedule.get("auto_scaled", False))
+    return weight_decay(item, usual), run.schedule.get("num_gpus"), scaled, departures
 
 
 def _one_row(parts: Sequence[tuple[Group, Row]]) -> Row:

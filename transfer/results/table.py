@@ -24,6 +24,7 @@ class Cell:
         std: Sample standard deviation over our runs, None for one run and for published numbers.
         num_runs: Number of our runs that have the metric; 1 for published numbers.
         supervised: The supervised number it is measured against, None if there is none.
+        matched: Mean over those of our runs that `supervised` may be held against; None if these are all.
         published: The published number of the same method and epochs, None if there is none.
         allowed: Largest difference to `published` that known noise explains, None if no noise is known.
     """
@@ -32,13 +33,16 @@ class Cell:
     std: float | None = None
     num_runs: int = 1
     supervised: float | None = None
+    matched: float | None = None
     published: float | None = None
     allowed: float | None = None
 
     @property
     def difference(self) -> float | None:
         """Difference to the supervised number, None if there is none."""
-        return None if self.supervised is None else self.value - self.supervised
+        if self.supervised is None:
+            return None
+        return (self.value if self.matched is None else self.matched) - self.supervised
 
     @property
     def is_outside(self) -> bool | None:

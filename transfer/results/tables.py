@@ -147,7 +147,8 @@ def _difference_remarks(published: Sequence[Row], measurements: Sequence[Measure
             remarks.append(f"{whose}: difference to our own supervised row, {' or '.join(labels)}.")
         if None in baselines:
             which = whose if not labels else "Some of them"
-            remarks.append(f"{which} have no difference: there is no supervised run of ours with the same protocol.")
+            same = "protocol and images" if any(is_on_subset(item.first) for item in items) else "protocol"
+            remarks.append(f"{which} have no difference: there is no supervised run of ours with the same {same}.")
     return remarks
 
 

@@ -178,7 +178,7 @@ def _grid(layout: _Layout, blocks: Sequence[_Block]) -> list[str]:
     lines.append(GAP.join(["  " + "pretraining".ljust(name_width), HEAD_EPOCHS, heads]).rstrip())
     width = start + len(heads) + (len(GAP) + layout.pointer_width if layout.pointer_width else 0)
     for kind in KINDS:
-        rows = layout.table.rows_of(kind)
+        rows = [row for row in layout.table.rows_of(kind) if not _stands_elsewhere(layout.table, row, blocks)]
         if rows:
             lines.append(f"  -- {cells.KIND_TITLES[kind]} "[: width - 1].ljust(width, "-"))
             for row in rows:
@@ -186,16 +186,24 @@ def _grid(layout: _Layout, blocks: Sequence[_Block]) -> list[str]:
     return lines
 
 
+def _stands_elsewhere(table: Table, row: Row, blocks: Sequence[_Block]) -> bool:
+    """Whether a row of ours would be dashes alone, since its numbers stand in the columns above or below."""
+    here = {column.key for block in blocks for column in block.columns}
+    shown = row.cells.keys() & set(table.metrics)
+    return bool(row.measurements and shown) and not shown & here
+
+
 def _row(row: Row, blocks: Sequence[_Block], name_width: int, pointer_width: int) -> list[str]:
     """Return the lines of a row: long names and pointers go on below, and so do standard deviations."""
     names = textwrap.wrap(row.name, name_width) or [""]
     pointers = _wrap_pointers(cells.pointers(row), pointer_width)
     values = [GROUP_GAP.join(block.line([column.text(row) for column in block.columns]) for block in blocks)]
-    if cells.runs(row):
+    runs = cells.runs(row, [block.group for block in blocks])
+    if runs:
         spreads = (block.line([column.spread(row) for column in block.columns]) for block in blocks)
         values.append(GROUP_GAP.join(spreads))
         if len(names) == 1:
-            names.append(f"  {cells.runs(row)}")
+            names.append(f"  {runs}")
     blank = GROUP_GAP.join(" " * block.width for block in blocks)
     lines = []
     for index in range(max(len(names), len(pointers), len(values))):
