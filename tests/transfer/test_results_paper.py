@@ -241,7 +241,7 @@ def test_a_table_stands_for_its_sub_tables(printed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layout", "paper", "--table", "detco/33"], "did you mean detco/3?"),
+        (["--layout", "paper", "--table", "detco/33"], "it has detco/1, detco/2"),
         (["--layout", "paper"], "--list-tables"),
         (["--table", "detco/3"], "add --layout paper"),
         (["--layout", "paper", "--table", "detco/3", "--task", "coco_retinanet_1x"], "use --table"),

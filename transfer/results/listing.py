@@ -1,6 +1,5 @@
 """What there is to show: the tasks with published numbers, and the papers' tables."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from transfer.results.paper_tables import PaperTable
@@ -51,11 +50,11 @@ def choose_tables(tables: Mapping[str, PaperTable], ids: Sequence[str]) -> list[
         return list(tables.values())
     chosen: dict[str, PaperTable] = {}
     for name in ids:
-        found = [key for key in tables if key == name or (key[:-1] == name and key[-1].isalpha())]
+        wanted = name.lower()
+        found = [key for key in tables if key == wanted or (key[:-1] == wanted and key[-1].isalpha())]
         if not found:
-            near = difflib.get_close_matches(name, tables, n=1)
-            raise ValueError(
-                f"unknown table {name!r}{f'; did you mean {near[0]}?' if near else ''}; --list-tables lists them"
-            )
+            of_paper = [key for key in tables if key.startswith(f"{wanted.split('/')[0]}/")]
+            hint = f"it has {', '.join(of_paper)}" if of_paper else "--list-tables lists them"
+            raise ValueError(f"unknown table {name!r}; {hint}")
         chosen.update({key: tables[key] for key in found})
     return list(chosen.values())

@@ -180,7 +180,7 @@ def _grid(layout: _Layout, blocks: Sequence[_Block]) -> list[str]:
     for kind in KINDS:
         rows = [row for row in layout.table.rows_of(kind) if not _stands_elsewhere(layout.table, row, blocks)]
         if rows:
-            lines.append(f"  -- {cells.KIND_TITLES[kind]} "[: width - 1].ljust(width, "-"))
+            lines.append(f"  -- {cells.KIND_TITLES[kind]} ".ljust(width, "-")[: max(width, layout.width)])
             for row in rows:
                 lines += _row(row, blocks, name_width, layout.pointer_width)
     return lines
