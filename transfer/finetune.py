@@ -27,12 +27,22 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate. Collective: runs on every rank.
 
+    An evaluation writes into the folder `evaluation` of the run directory: what it wrote beside a run's own files would
+    replace its config.yaml, which a later --resume reads, and its predictions.
+
     Raises:
-        ValueError: As `prepare`, and if weights do not fill the backbone.
+        ValueError: As `prepare`, if weights do not fill the backbone, and if OUTPUT_DIR is not shared by all machines.
         FileNotFoundError: As `prepare`.
     """
     prepared = prepare(args)
     cfg = prepared.cfg
+    run_dir = Path(cfg.OUTPUT_DIR)
+    if args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(run_dir / "evaluation")
+        cfg.freeze()
+    comm.synchronize()  # all have read an earlier run's config.yaml before rank 0 writes this run's
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="transfer")  # ours into the same log.txt
     logger.info(prepared.settings)
@@ -40,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         logger.log(logging.WARNING if note.startswith(WARNING) else logging.INFO, note.removeprefix(WARNING))
     if args.eval_only:
         model = TransferTrainer.build_model(cfg)
-        load_detector(model, cfg, resume=args.resume)
+        load_detector(model, cfg, run_dir=run_dir if args.resume else None)
         TransferTrainer.test(cfg, model)
         return
     trainer = TransferTrainer(cfg)
@@ -49,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if comm.is_main_process():
         record = build_record(prepared, trainer.last_metrics(), trainer.seconds / 3600)
         path = write_results(Path(cfg.OUTPUT_DIR), record)
-        logger.info("%s: %s. Written to %s", record.label, _summary(record.metrics), path)
+        logger.info("%s: %s. Written to %s", record.label, summarize(record.metrics), path)
 
 
 def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float) -> RunRecord:
@@ -83,6 +93,7 @@ def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float)
     )
 
 
-def _summary(metrics: Mapping[str, float | None]) -> str:
-    main = {name: value for name, value in metrics.items() if name.endswith(("_AP", "_AP50", "_AP75"))}
+def summarize(metrics: Mapping[str, float | None]) -> str:
+    """The metrics that papers report, in one line, per cent."""
+    main = {name: value for name, value in metrics.items() if name.endswith(("_AP", "_AP50", "_AP75", "mIoU"))}
     return ", ".join(f"{name} {'-' if value is None else f'{value:.1f}'}" for name, value in main.items())

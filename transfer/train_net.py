@@ -77,7 +77,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate a trained detector, MODEL.WEIGHTS or with --resume the run's last; no training, no results.json",
+        help="evaluate a trained detector, MODEL.WEIGHTS or with --resume the run's last; no training, no "
+        "results.json, and a run's own files stay as they are: log, config and predictions go to DIR/evaluation, where "
+        "they replace an earlier evaluation's",
     )
 
 
@@ -147,11 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     from detectron2.engine import launch
+    from torch.multiprocessing.spawn import ProcessRaisedException
 
     from transfer import finetune
     from transfer.checks.report import describe_findings
     from transfer.preflight import WeightsDoNotFit
-    from transfer.settings_check import examine
+    from transfer.settings_check import SettingsError, examine
+    from transfer.trainer import FolderNotShared
 
     try:
         # All checks once before any process is started, so that what is wrong is said once, and quickly.
@@ -166,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
     if prepared.errors or args.check:
         return 2 if prepared.errors else 0
+    wrong_input = (WeightsDoNotFit, FolderNotShared, SettingsError)
     try:
         launch(
             finetune.run,
@@ -175,10 +180,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist_url=args.dist_url,
             args=(args,),
         )
-    except WeightsDoNotFit as error:
+    except wrong_input as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ProcessRaisedException as error:  # on several GPUs
+        reason = message_in(str(error), wrong_input)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     return 0
+
+
+def message_in(trace: str, kinds: Sequence[type[Exception]]) -> str | None:
+    """The message of an exception of one of these classes that ended another process; None if it was of none.
+
+    Args:
+        trace: The text of PyTorch's ProcessRaisedException: the traceback, with the exception and its message last.
+        kinds: Classes.
+    """
+    for kind in kinds:
+        _, found, message = trace.rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+        if found:
+            return message.strip()
+    return None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transfer.evaluation import build_evaluator
 from transfer.mappers import build_mapper
 from transfer.optimizer import build_optimizer
 from transfer.preflight import WeightsDoNotFit, check_backbone_loaded
-from transfer.resuming import mend_last_checkpoint
+from transfer.resuming import continue_loader, continued_seed, mend_last_checkpoint
 from transfer.run_record import is_result
 from transfer.weights import WeightsRecord, read_record
 
@@ -27,11 +27,16 @@ from detectron2.data import build_detection_train_loader  # noqa: E402
 from detectron2.engine import DefaultTrainer, HookBase, hooks  # noqa: E402
 from detectron2.evaluation import DatasetEvaluator  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
+from detectron2.utils.env import seed_all_rng  # noqa: E402
 from detectron2.utils.events import EventWriter  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 20  # iterations, as in Detectron2
+
+
+class FolderNotShared(ValueError):
+    """OUTPUT_DIR is not the same folder on all machines."""
 
 
 class LoadingAccount(DetectionCheckpointer):  # type: ignore[misc]  # Detectron2 is not followed
@@ -81,14 +86,32 @@ def load_backbone(model: nn.Module, record: WeightsRecord, weights: str) -> None
     logger.info(check_backbone_loaded(names, account.missing, record))
 
 
-def load_detector(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
-    """Load a whole trained detector for evaluation: MODEL.WEIGHTS, or with `resume` the last checkpoint of OUTPUT_DIR.
+def last_checkpoint(checkpointer: DetectionCheckpointer) -> str:
+    """The last checkpoint of the folder as rank 0 sees it; "" if there is none. Collective.
+
+    Raises:
+        FolderNotShared: If another rank does not see that file: it would start over while rank 0 goes on.
+    """
+    named = checkpointer.get_checkpoint_file() if comm.is_main_process() and checkpointer.has_checkpoint() else ""
+    path: str = comm.all_gather(named if Path(named).is_file() else "")[0]
+    blind = [rank for rank, sees in enumerate(comm.all_gather(not path or Path(path).is_file())) if not sees]
+    if blind:
+        raise FolderNotShared(
+            f"OUTPUT_DIR must be shared by all machines: rank 0 resumes from {path}, which is no file on rank "
+            f"{', '.join(map(str, blind))}"
+        )
+    return path
+
+
+def load_detector(model: nn.Module, cfg: CfgNode, *, run_dir: Path | None) -> None:
+    """Load a whole trained detector for evaluation: the last checkpoint of `run_dir`, else MODEL.WEIGHTS. Collective.
 
     Raises:
         WeightsDoNotFit: If there is none, or it is not a complete detector of this architecture.
+        FolderNotShared: As `last_checkpoint`.
     """
-    account = LoadingAccount(model, save_dir=cfg.OUTPUT_DIR)
-    path = account.get_checkpoint_file() if resume and account.has_checkpoint() else cfg.MODEL.WEIGHTS
+    account = LoadingAccount(model, save_dir=str(run_dir or ""))
+    path = (run_dir and last_checkpoint(account)) or cfg.MODEL.WEIGHTS
     if not path:
         raise WeightsDoNotFit(
             "--eval-only needs a trained detector: append MODEL.WEIGHTS RUN/model_final.pth, or --resume with the "
@@ -183,20 +206,40 @@ class TransferTrainer(DefaultTrainer):  # type: ignore[misc]
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or load MODEL.WEIGHTS and insist on the whole backbone.
 
-        A last checkpoint that a kill has cut short is passed over for the newest whole one. Collective.
+        A last checkpoint that a kill has cut short is passed over for the newest whole one. Rank 0 decides. Collective.
 
         Raises:
             WeightsDoNotFit: If a tensor of the backbone is not in MODEL.WEIGHTS.
+            FolderNotShared: As `last_checkpoint`.
         """
         if resume and comm.is_main_process():
             for note in mend_last_checkpoint(Path(self.cfg.OUTPUT_DIR)):
                 logger.warning(note)
-        comm.synchronize()
-        if resume and self.checkpointer.has_checkpoint():
-            super().resume_or_load(resume=True)
-            logger.info("Resuming after iteration %d of %d.", self.start_iter, self.max_iter)
-        else:
+        path = last_checkpoint(self.checkpointer) if resume else ""
+        if not path:
             load_backbone(self.model, read_record(self.cfg.MODEL.WEIGHTS), self.cfg.MODEL.WEIGHTS)
+            return
+        self.checkpointer.load(path)
+        self.start_iter = self.iter + 1  # the checkpoint has the iteration that it was saved after
+        self._continue_data()
+        logger.info("Resuming after iteration %d of %d.", self.start_iter, self.max_iter)
+
+    def _continue_data(self) -> None:
+        """Train on the images that come next, instead of the first ones again.
+
+        With a SEED, the order of the images is that of a run that was not interrupted, on any number of processes, and
+        so are the batches, unless they are grouped by aspect ratio: images then wait for others of their shape, and
+        around the resume up to 2 (B - 1) images of each process, B its batch, are left out and as many come twice; with
+        W workers up to B (W - 1) more. Not as before: flips, sizes and crops, and which boxes are sampled, for which
+        the random numbers are seeded anew from SEED, iteration and rank; and PreciseBN's own images, which start with
+        the first. Without a SEED each start has its own order.
+        """
+        if self.cfg.SEED >= 0:
+            seed_all_rng(continued_seed(self.cfg.SEED, self.start_iter, comm.get_rank()))
+        loop = self._trainer
+        continue_loader(loop.data_loader, self.start_iter * self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        if "_data_loader_iter" in vars(loop):  # Detectron2 0.5 begins to iterate in its constructor, later ones do not
+            loop._data_loader_iter = iter(loop.data_loader)
 
     @property
     def seconds(self) -> float:

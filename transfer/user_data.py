@@ -49,6 +49,6 @@ def _refuse_other_labels(cfg: Any) -> None:
     }
     if needed := [name for name, is_needed in labels.items() if is_needed]:
         raise ValueError(
-            f"--train-data and --val-data read boxes and masks, but this config trains on {needed[0]}. Lay your data out "
-            "as its dataset (the names in DATASETS.TRAIN and DATASETS.TEST) and give the folder to --datasets-root"
+            f"--train-data and --val-data read boxes and masks, but this config trains on {needed[0]}. Lay your data "
+            "out as its dataset (the names in DATASETS.TRAIN and DATASETS.TEST) and give the folder to --datasets-root"
         )

@@ -1,11 +1,12 @@
 """What a kill leaves of Detectron2's checkpoints, and what a resumed run makes of it."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from transfer.resuming import mend_last_checkpoint
+from transfer.resuming import continued_seed, mend_last_checkpoint
 
 
 def save(folder: Path, name: str, bytes_kept: int | None = None) -> None:
@@ -47,3 +48,10 @@ def test_without_a_whole_checkpoint_the_run_starts_over_and_says_so(tmp_path: Pa
 
 def test_a_new_run_has_nothing_to_mend(tmp_path: Path) -> None:
     assert mend_last_checkpoint(tmp_path) == []
+
+
+def test_every_start_and_every_process_has_its_own_random_numbers() -> None:
+    seeds = [continued_seed(*case) for case in itertools.product(range(3), (1, 2, 24000), range(4))]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert continued_seed(0, 1, 0) == continued_seed(0, 1, 0)

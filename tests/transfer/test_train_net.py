@@ -241,12 +241,35 @@ def test_eval_only_reproduces_the_evaluation_of_training(
     weights = str(voc_run.folder / "model_final.pth")
     argv = words("voc_faster_rcnn_c4_converted", datasets_root, tmp_path, "--eval-only", **{"MODEL.WEIGHTS": weights})
     assert train_net.main(argv) == 0
-    assert not (tmp_path / "results.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation"]
 
     def evaluation(folder: Path) -> str:
         return [line for line in (folder / "log.txt").read_text().splitlines() if "copypaste: " in line][-1][-20:]
 
-    assert evaluation(tmp_path) == evaluation(voc_run.folder)
+    assert evaluation(tmp_path / "evaluation") == evaluation(voc_run.folder)
+
+
+def test_eval_only_leaves_the_run_as_it_was_and_resumable(
+    voc_run: Finished, datasets_root: Path, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[str, bytes]:
+        # But for the log: in one process the training's handlers go on writing.
+        paths = [path for path in voc_run.folder.iterdir() if path.is_file() and path.name != "log.txt"]
+        return {path.name: path.read_bytes() for path in paths}
+
+    before, trained = files(), {"MODEL.WEIGHTS": str(voc_run.folder / "model_final.pth")}
+    argv = words("voc_faster_rcnn_c4_converted", datasets_root, voc_run.folder, "--eval-only", "--resume", **trained)
+    assert train_net.main(argv) == 0
+    assert files() == before
+    more = ["--resume", "--check"]
+    values = {"MODEL.WEIGHTS": str(converted)}
+    assert train_net.main(words("voc_faster_rcnn_c4_converted", datasets_root, voc_run.folder, *more, **values)) == 0
+    assert "started from" not in capsys.readouterr().err
+
+
+def test_the_last_line_names_the_metrics_that_papers_report() -> None:
+    assert finetune.summarize({"mIoU": 12.34, "pACC": 50.0}) == "mIoU 12.3"
+    assert finetune.summarize({"box_AP": 1.0, "mask_AP75": None, "box_APs": 2.0}) == "box_AP 1.0, mask_AP75 -"
 
 
 def test_eval_only_refuses_what_is_no_detector(
