@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ class ConversionReport:
     def _where_preprocess_is_from(self) -> str:
         if self.source.preprocess_is_recorded:
             return "recorded"
-        return f"as known of {self.source.name}" if self.source.project else "not recorded: the usual one is assumed"
+        layout = load_layouts().get(self.source.name)
+        is_known = layout is not None and not layout.assumes
+        return f"as known of {self.source.name}" if is_known else "not recorded: the usual one is assumed"
 
     def _settings(self) -> dict[str, Any]:
         known = ("method", "variant", "epochs", "steps")
@@ -125,8 +127,11 @@ def convert(
     warnings = (*check_health(tensors), *network.cautions)
     # Beside the output and with its suffix, by which Detectron2 chooses how to read it.
     partial = output.with_name(f".{output.stem}.{os.getpid()}.partial{output.suffix}")
+    content = _content(network, tensors)
+    file = partial.open("xb")  # Not "wb", which would follow a link of that name and overwrite where it leads.
     try:
-        _write(partial, _content(network, tensors))
+        with file:
+            _write(file, content, as_arrays=partial.suffix == ".pkl")
         differences = _verify(partial, network) if verify else {}
         partial.replace(output)
     finally:
@@ -147,16 +152,15 @@ def _content(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(file: BinaryIO, content: dict[str, Any], *, as_arrays: bool) -> None:
     """Write the file and sync it, so that after a crash the name it gets later is not that of half a file."""
-    with path.open("wb") as file:
-        if path.suffix == ".pkl":
-            arrays = {name: tensor.numpy() for name, tensor in content["model"].items()}
-            pickle.dump({**content, "model": arrays}, file, protocol=4)
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    if as_arrays:
+        arrays = {name: tensor.numpy() for name, tensor in content["model"].items()}
+        pickle.dump({**content, "model": arrays}, file, protocol=4)
+    else:
+        torch.save(content, file)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _check_output(input: Path, output: Path, *, force: bool) -> None:
@@ -168,7 +172,8 @@ def _check_output(input: Path, output: Path, *, force: bool) -> None:
         raise ConversionError(f"the output {output} exists and is not a file; give another name")
     if output.exists() and input.exists() and output.samefile(input):
         raise ConversionError(f"the output {output} is the input itself; give another name")
-    if output.exists() and not force:
+    # A link that leads nowhere does not exist, but would be replaced.
+    if (output.exists() or output.is_symlink()) and not force:
         raise ConversionError(f"the output {output} exists; give another name, or --force to replace it")
 
 

@@ -9,16 +9,17 @@ import codecs
 import hashlib
 import io
 import pickle
-import pickletools
 import re
-import tarfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
+
+from transfer.pickle_scan import complaint_about
 
 
 class UnsafeFileError(ValueError):
@@ -59,9 +60,9 @@ class _Dtype:
 
     dtype: np.dtype[Any]
 
-    def __new__(cls, code: str, align: bool = False, copy: bool = False) -> "_Dtype":
-        if not re.fullmatch(r"[biufc][0-9]{1,2}|[SU][0-9]{1,4}", str(code)):
-            raise UnsafeFileError(f"it holds an array of {code!r}")
+    def __new__(cls, code: Any, align: bool = False, copy: bool = False) -> "_Dtype":
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc][0-9]{1,2}|[SU][0-9]{1,4}", code):
+            raise UnsafeFileError(f"it holds an array of {_shown(code)}")
         self = super().__new__(cls)
         self.dtype = np.dtype(code)
         return self
@@ -85,7 +86,29 @@ class _Array(np.ndarray[Any, Any]):
         _, shape, dtype, is_fortran, data = state
         if isinstance(data, str):  # A Python 2 pickle
             data = data.encode("latin1")
-        super().__setstate__((1, shape, dtype.dtype, is_fortran, bytes(data)))
+        if not isinstance(data, bytes) or not isinstance(dtype, _Dtype):
+            raise UnsafeFileError("it holds an array with another content than bytes")
+        super().__setstate__((1, shape, dtype.dtype, is_fortran, data))
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, but of a container its type only: writing it out may never end."""
+    return repr(value) if isinstance(value, (str, int)) else type(value).__name__
+
+
+class _Function:
+    """Something to call in whose attributes a pickle can write nothing, as it can in a function's: for good."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafeFileError("it changes a function")
 
 
 def _reconstruct(array_class: Any, shape: Any, code: Any) -> _Array:
@@ -100,9 +123,9 @@ def _scalar(dtype: _Dtype, data: Any) -> Any:
     return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, dtype.dtype)[0]
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise UnsafeFileError(f"it encodes text as {encoding!r}")
+def _encode(text: str, encoding: Any) -> bytes:
+    if not isinstance(encoding, str) or encoding not in ("latin1", "latin-1"):
+        raise UnsafeFileError(f"it encodes text as {_shown(encoding)}")
     return codecs.encode(text, "latin1")
 
 
@@ -115,17 +138,18 @@ def _tensor_from_bytes(data: bytes) -> Any:
     """What torch.storage has for a storage inside a plain pickle, but restricted."""
     if not data.startswith(_LEGACY_TORCH):
         raise UnsafeFileError("it holds a storage in another format than torch writes into a pickle")
+    _check_legacy(io.BytesIO(data))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 # Arrays and scalars, under the module names that numpy 1 and numpy 2 write.
 _STAND_INS: dict[str, Any] = {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
 for _module in ("builtins", "__builtin__"):
-    _STAND_INS[f"{_module}.bytes"] = _no_bytes
+    _STAND_INS[f"{_module}.bytes"] = _Function(_no_bytes)
 for _module in ("numpy.core", "numpy._core"):
-    _STAND_INS[f"{_module}.multiarray._reconstruct"] = _reconstruct
-    _STAND_INS[f"{_module}.multiarray.scalar"] = _scalar
-    _STAND_INS[f"{_module}.numeric._frombuffer"] = _from_buffer
+    _STAND_INS[f"{_module}.multiarray._reconstruct"] = _Function(_reconstruct)
+    _STAND_INS[f"{_module}.multiarray.scalar"] = _Function(_scalar)
+    _STAND_INS[f"{_module}.numeric._frombuffer"] = _Function(_from_buffer)
 # Settings that projects save beside their weights: argparse's options and paths in them (SoCo, PixPro, DINO), the loss
 # curves of OpenMMLab's logger.
 for _name in (
@@ -140,9 +164,9 @@ for _name in (
 
 _KNOWN = _STAND_INS | {
     "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _encode,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch.storage._load_from_bytes": _tensor_from_bytes,
+    "_codecs.encode": _Function(_encode),
+    "torch._utils._rebuild_tensor_v2": _Function(torch._utils._rebuild_tensor_v2),
+    "torch.storage._load_from_bytes": _Function(_tensor_from_bytes),
 }
 
 
@@ -158,6 +182,8 @@ class _Unpickler(pickle.Unpickler):
 
 # How a file of torch.save before 1.6 begins: a pickle of its own, of one number.
 _LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# And since: a zip archive. torch, too, tells the two apart by this.
+_ARCHIVE = b"PK\x03\x04"
 _REMEDY = (
     "Anything else could run code. If you trust its author, save the weights alone in a new file with the author's "
     "own program"
@@ -170,10 +196,20 @@ def load_file(path: Path) -> Any:
     Raises:
         UnsafeFileError: As `load_torch` and `load_pickle` raise it.
     """
+    is_of_torch = _starts_with(path, _ARCHIVE) or _starts_with(path, _LEGACY_TORCH) or _is_tar(path)
+    return load_torch(path) if is_of_torch else load_pickle(path)
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
     with path.open("rb") as file:
-        start = file.read(len(_LEGACY_TORCH))
-    is_archive = start.startswith(b"PK") or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-    return load_torch(path) if is_archive or start == _LEGACY_TORCH else load_pickle(path)
+        return file.read(len(start)) == start
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether it is an uncompressed tar archive; tarfile would look into compressed ones and so unpack anything."""
+    with path.open("rb") as file:
+        file.seek(257)
+        return file.read(5) == b"ustar"
 
 
 def load_pickle(path: Path) -> Any:
@@ -184,7 +220,7 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            _check_memo(file, path.stat().st_size)
+            _check_pickle(file)
             file.seek(0)
             return _Unpickler(file, encoding="latin1").load()
     except UnsafeFileError as error:
@@ -199,27 +235,22 @@ def load_pickle(path: Path) -> Any:
         ) from None
 
 
-def _check_memo(file: BinaryIO, size: int) -> None:
-    """Refuse a memo index beyond the file's size: Python would make room for that many objects at once."""
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and isinstance(argument, int) and argument > size:
-            raise UnsafeFileError(f"it numbers an object {argument:,}, with {size:,} bytes in all")
-
-
 def load_torch(path: Path) -> Any:
     """Read a file of torch.save that holds tensors and builtin types; tensors are on the CPU.
 
     Raises:
         UnsafeFileError: If the file holds anything else, or is damaged.
     """
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         raise UnsafeFileError(
             f"{path} is a tar archive, as torch 0.1 wrote; it is not read. Load it with an old torch and save it again"
         )
-    _check_archive(path)
     try:
+        _check_torch(path)
         with torch.serialization.safe_globals([(value, name) for name, value in _STAND_INS.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path} is not read, because {error}") from None
     except Exception as error:  # A damaged archive can raise nearly anything.
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden is None:
@@ -238,21 +269,40 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
+def _check_torch(path: Path) -> None:
+    """Refuse what torch would fill the memory with, or try to read in yet another way."""
+    if _starts_with(path, _ARCHIVE):
+        _check_archive(path)
+    elif _starts_with(path, _LEGACY_TORCH):
+        with path.open("rb") as file:
+            _check_legacy(file)
+    else:
+        raise pickle.UnpicklingError
+
+
 def _check_archive(path: Path) -> None:
     """Refuse an archive whose members claim more bytes than the file has; torch.save compresses nothing."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(member.file_size for member in archive.infolist())
-    except Exception as error:  # A damaged archive can raise nearly anything.
-        raise UnsafeFileError(f"{path} is damaged ({_first_line(error)}). Copy or download it again") from error
-    size = path.stat().st_size
-    if claimed > size:
-        raise UnsafeFileError(
-            f"{path} is not read, because its members claim {claimed:,} bytes and the file has {size:,}: torch.save "
-            f"compresses nothing, so this is damaged or made to fill the memory"
-        )
+    with zipfile.ZipFile(path) as archive:
+        claimed, size = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+        if claimed > size:
+            raise UnsafeFileError(
+                f"its members claim {claimed:,} bytes and the file has {size:,}: torch.save compresses nothing, so "
+                f"this is damaged or made to fill the memory"
+            )
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl"):
+                _check_pickle(io.BytesIO(archive.read(member)))
+
+
+def _check_legacy(file: IO[bytes]) -> None:
+    """Look through the five pickles before the storages: three of torch's own, the content, the storages' keys."""
+    for _ in range(5):
+        _check_pickle(file)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    if complaint := complaint_about(file):
+        raise UnsafeFileError(complaint)
 
 
 def _first_line(error: Exception) -> str:

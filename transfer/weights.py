@@ -68,9 +68,15 @@ def read_record(path: str) -> WeightsRecord:
             f"MODEL.WEIGHTS is {path!r}, which holds its project's settings ({', '.join(settings)}); Detectron2 does "
             f"not read such files. Convert it first: convert-to-d2 {name} OUT.pkl"
         )
+    provenance = content.get("provenance", {})
+    if not isinstance(provenance, Mapping):
+        raise ValueError(
+            f"MODEL.WEIGHTS is {path!r}, whose record is not valid: provenance is of type {type(provenance).__name__}, "
+            f"not a dict. Convert the weights again with convert-to-d2"
+        )
     return WeightsRecord(
         path=name,
         sha256=sha256_of(file),
         preprocess=Preprocess.from_dict(content["preprocess"]) if "preprocess" in content else None,
-        provenance=dict(content.get("provenance", {})),
+        provenance=dict(provenance),
     )

@@ -85,19 +85,35 @@ def by_number(start: str, net: Weights) -> Weights:
     return {f"{start}{numbers[child]}.{rest}": net[name] for name, (child, _, rest) in split.items()}
 
 
-def conv_module(name: str, seed: int) -> Weights:
-    return below(f"{name}.", {"conv.weight": torch.full((2, 2), float(seed))} | side(*norm("bn")))
+def constant(value: float, *shape: int) -> Tensor:
+    return torch.tensor(value).expand(shape)
+
+
+def channels(*names: str) -> Weights:
+    """What an FPN and a box head have per channel."""
+    return {name: torch.tensor(1) if name.endswith("tracked") else constant(1.0, 256) for name in names}
+
+
+def conv_module(name: str, seed: int, *shape: int) -> Weights:
+    return below(f"{name}.", {"conv.weight": constant(float(seed), *shape)} | channels(*norm("bn")))
+
+
+LATERAL = {f"lateral_convs.{level}": (256, 256 * 2**level, 1, 1) for level in range(4)}
+OUTPUT = {f"fpn_convs.{level}": (256, 256, 3, 3) for level in range(4)}
 
 
 def fpn(seed: int = 0) -> Weights:
-    modules = [f"{kind}_convs.{level}" for kind in ("lateral", "fpn") for level in range(4)]
-    return {key: value for name in modules for key, value in conv_module(name, seed).items()}
+    modules = (LATERAL | OUTPUT).items()
+    return {key: value for name, shape in modules for key, value in conv_module(name, seed, *shape).items()}
+
+
+def fc(name: str, seed: int = 0) -> Weights:
+    return {f"{name}.weight": constant(float(seed), 1024, 256 * 49), f"{name}.bias": constant(1.0, 1024)}
 
 
 def box_head(seed: int = 0) -> Weights:
-    convs = {f"conv{n}.weight": torch.full((2, 2), float(seed)) for n in range(1, 5)}
-    norms = side(*(name for n in range(1, 5) for name in norm(f"bn{n}")))
-    return convs | norms | {"fc1.weight": torch.full((2, 2), float(seed)), "fc1.bias": torch.ones(2)}
+    convs = {f"conv{n}.weight": constant(float(seed), 256, 256, 3, 3) for n in range(1, 5)}
+    return convs | channels(*(name for n in range(1, 5) for name in norm(f"bn{n}"))) | fc("fc1", seed)
 
 
 def moco_heads(version: int, start: str) -> Weights:
@@ -115,13 +131,13 @@ def moco(version: int = 2, columns: int = 65536, extra: Weights | None = None) -
 
 
 def resim(*, has_norm: bool) -> dict[str, Any]:
-    layers = ("fpn_lateral3", "fpn_lateral4", "fpn_lateral5", "fpn_output3", "fpn_output4")
-    names = [
-        name
-        for layer in layers
-        for name in ([f"{layer}.0.weight", *norm(f"{layer}.1")] if has_norm else [f"{layer}.weight", f"{layer}.bias"])
-    ]
-    return moco(extra=side(*names))
+    layers = {f"fpn_lateral{level}": LATERAL[f"lateral_convs.{level - 2}"] for level in (3, 4, 5)}
+    layers |= {f"fpn_output{level}": OUTPUT[f"fpn_convs.{level - 2}"] for level in (3, 4)}
+    extra: Weights = {}
+    for layer, shape in layers.items():
+        extra[f"{layer}.0.weight" if has_norm else f"{layer}.weight"] = constant(0.0, *shape)
+        extra |= channels(*norm(f"{layer}.1")) if has_norm else channels(f"{layer}.bias")
+    return moco(extra=extra)
 
 
 def moco_v3() -> dict[str, Any]:
@@ -169,8 +185,8 @@ def insloc(*, is_c4: bool) -> dict[str, Any]:
         if not is_c4:
             state |= below(f"neck{suffix}.", fpn(seed))
             for index in range(4):
-                head |= conv_module(f"bbox_head.shared_convs.{index}", seed)
-            head |= side(*linear("bbox_head.shared_fcs", 0, 1))
+                head |= conv_module(f"bbox_head.shared_convs.{index}", seed, 256, 256, 3, 3)
+            head |= fc("bbox_head.shared_fcs.0", seed) | side(*linear("bbox_head.shared_fcs", 1))
         state |= below(f"roi_head{suffix}.", head)
     return openmmlab(state)
 
@@ -195,7 +211,14 @@ def mm_byol() -> dict[str, Any]:
     neck = side(*linear("mlp", 0, 3), *norm("mlp.1"))
     state = below("backbone.", TAKEN) | below("neck.", neck) | side(*linear("head.predictor.mlp", 0, 3))
     state |= below("target_net.module.", below("0.", OTHER) | below("1.", neck)) | side("target_net.steps")
-    return openmmlab(state | side("data_preprocessor.mean", "data_preprocessor.std"))
+    return openmmlab(state | images((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+
+
+def images(mean: tuple[float, ...], std: tuple[float, ...]) -> Weights:
+    """The buffers of mmengine's ImgDataPreprocessor."""
+    return below(
+        "data_preprocessor.", {"mean": torch.tensor(mean).view(-1, 1, 1), "std": torch.tensor(std).view(-1, 1, 1)}
+    )
 
 
 def pycontrast() -> dict[str, Any]:
@@ -381,7 +404,7 @@ RECOGNISED: dict[str, Case] = {
         {"method": "detcon", "steps": 93600},
     ),
     "detcon_lightning": (lightning_detcon, "detcon", "online", {"method": "detcon"}),
-    "simclr_tf": (simclr_tf, "simclr_tf", "backbone", {"method": "simclr"}),
+    "simclr_tf": (simclr_tf, "resnet50", "backbone", {}),
     "vissl": (lambda: vissl(is_full=True), "vissl", "trunk", {}),
     "vissl_model_state_dict": (lambda: vissl(is_full=False), "vissl", "trunk", {}),
     "barlow_twins_full": (

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,25 @@ def test_a_failed_write_leaves_the_old_output_and_no_partial_file(
     assert main([str(artifact), str(output), "--force"]) == 1
     assert output.read_bytes() == b"precious"
     assert [path.name for path in tmp_path.iterdir()] == ["out.pkl"]
+
+
+def test_a_link_in_the_place_of_the_partial_file_is_not_followed(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    link = tmp_path / f".out.{os.getpid()}.partial.pkl"
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError, match=link.name):
+        convert(artifact, tmp_path / "out.pkl")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"precious", link.name}
+
+
+def test_a_link_that_leads_nowhere_is_replaced_only_by_force(artifact: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.pkl"
+    output.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConversionError, match="--force"):
+        convert(artifact, output)
+    assert output.is_symlink()
+    assert len(convert(artifact, output, force=True).account.converted) == 265
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torchvision import models
 from detco.artifact import IMAGENET_RGB, Artifact, ArtifactError, Preprocess, write_artifact
 from transfer.safe_read import UnsafeFileError
 from transfer.sources import SourceError, read_source, resnet50_shapes
+from transfer.sources.resnet50 import fits_pixels_from_0_to_1
 
 Weights = dict[str, Tensor]
 
@@ -195,6 +196,53 @@ def test_our_checkpoint_of_an_unknown_schema_or_with_missing_fields_is_refused(
             read_source(save(tmp_path, {key: value for key, value in checkpoint.items() if key != name}))
     with pytest.raises(ArtifactError, match="channel_order"):
         read_source(save(tmp_path, checkpoint | {"preprocess": IMAGENET_RGB.as_dict() | {"channel_order": "X"}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("transfer_parts", {"backbone": 3}, "transfer_parts are no names"),
+        ("transfer_parts", {1: "query.trunk"}, "transfer_parts are no names"),
+        ("model", {1: 2, "query.trunk.conv1.weight": 3}, r"conv1\.weight is missing"),
+        ("schema", torch.ones(2), "schema of type Tensor; only 1 is known"),
+        ("schema", [[1], [1]], "schema of type list; only 1 is known"),
+    ],
+)
+def test_our_checkpoint_with_values_of_another_type_is_refused(
+    weights: Weights, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        read_source(save(tmp_path, our_checkpoint(weights) | {name: value}))
+
+
+def without_content(kind: str) -> Tensor:
+    if kind == "sparse":
+        return torch.ones(64).to_sparse()
+    if kind == "meta":
+        return torch.ones(64, device="meta")
+    return torch.ones(1).expand(1_500_000_000)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "huge"])
+@pytest.mark.parametrize("name", ["bn1.running_mean", "layer1.0.bn1.weight"])
+def test_a_tensor_that_is_not_plain_or_of_a_huge_shape_is_refused(
+    weights: Weights, tmp_path: Path, kind: str, name: str
+) -> None:
+    path = save(tmp_path, {"state_dict": weights | {name: without_content(kind)}})
+    with pytest.raises(SourceError, match=f"{name} (is missing|has shape)"):
+        read_source(path)
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.running_mean"])
+def test_the_stems_statistics_are_read_only_if_they_have_its_shapes(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def count(tensor: Tensor) -> Tensor:
+        raise AssertionError("its elements were looked at")
+
+    stem = {"conv1.weight": weights["conv1.weight"], "bn1.running_mean": weights["bn1.running_mean"]}
+    monkeypatch.setattr(Tensor, "isfinite", count)
+    assert not fits_pixels_from_0_to_1(stem | {name: torch.ones(1).expand(1_500_000_000)})
 
 
 def test_damaged_files_are_refused(weights: Weights, tmp_path: Path) -> None:

@@ -107,16 +107,20 @@ def test_fpn_and_box_head_come_from_the_same_network(case: str) -> None:
     parts = {name: value for name, value in tensors.items() if not name.startswith("backbone/")}
     kernels = [value for name, value in parts.items() if name.endswith(("conv.weight", "conv1.weight", "fc1.weight"))]
     assert kernels
-    assert all(bool((value == kernels[0].flatten()[0]).all()) for value in kernels if value.dim() == 2)
+    first = kernels[0].flatten()[0]
+    assert all(value.flatten()[0] == first == value.flatten()[-1] for value in kernels)
     assert account_for(parts).unexplained == ()
 
 
-def test_only_the_statistics_tell_that_simclr_of_google_takes_pixels_from_0_to_1(tmp_path: Path) -> None:
-    source = read_source(save(tmp_path, "simclr_tf"))
-    assert source.preprocess.mean_255 == (0.0, 0.0, 0.0)
-    assert source.preprocess.std_255 == (255.0, 255.0, 255.0)
-    torch.save({"state_dict": TAKEN}, tmp_path / "usual.pth")
-    assert read_source(tmp_path / "usual.pth").preprocess == IMAGENET_RGB
+def test_statistics_that_fit_pixels_from_0_to_1_decide_nothing_without_the_source(tmp_path: Path) -> None:
+    path = save(tmp_path, "simclr_tf")
+    guess = read_source(path)
+    assert (guess.name, guess.preprocess) == ("resnet50", IMAGENET_RGB)
+    assert "fit pixels in 0..1 that were not normalised" in guess.cautions[0]
+    assert "--source simclr_tf" in guess.cautions[0]
+    source = read_source(path, "simclr_tf")
+    assert (source.preprocess.mean_255, source.preprocess.std_255) == ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0))
+    assert not any("pixels in 0..1" in caution for caution in source.cautions)
 
 
 @pytest.mark.parametrize(("scale", "is_unit"), [((0.0, 1.0), True), ((-2.0, 4.5), False), ((0.0, 255.0), False)])
@@ -137,24 +141,25 @@ def test_the_mean_of_the_pixels_is_read_off_the_stem(scale: tuple[float, float],
 
 def test_an_input_that_contradicts_the_statistics_is_warned_of(tmp_path: Path) -> None:
     torch.save(simclr_tf()["state_dict"], tmp_path / "bare.pth")
-    assert "give --source simclr_tf" in read_source(tmp_path / "bare.pth").cautions[0]
+    assert "with --source simclr_tf" in read_source(tmp_path / "bare.pth").cautions[0]
     torch.save({"state_dict": TAKEN}, tmp_path / "usual.pth")
     forced = read_source(tmp_path / "usual.pth", "simclr_tf")
     assert "not those of pixels in 0..1" in forced.cautions[-1]
     assert read_source(tmp_path / "usual.pth").cautions == ()
 
 
-@pytest.mark.parametrize("case", ["swav", "moco_v3", "byol_yaox12", "simclr_tf"])
+@pytest.mark.parametrize("case", ["swav", "moco_v3", "byol_yaox12"])
 def test_weights_of_unusual_scale_come_with_a_caution(case: str, tmp_path: Path) -> None:
     assert "learning rate may not fit" in read_source(save(tmp_path, case)).cautions[0]
 
 
-FORCED = ("detco", "moco", "barlow_twins", "vicreg", "vicregl", "dino", "byol", "torchvision", "timm", "sela_v2")
+BARE = ("barlow_twins", "vicreg", "vicregl", "dino", "byol", "torchvision", "timm", "sela_v2")
+FORCED = ("detco", "moco", "simclr_tf", *BARE)
 
 
 @pytest.mark.parametrize("name", FORCED)
 def test_a_source_that_the_file_does_not_tell_can_be_forced(name: str, tmp_path: Path) -> None:
-    bare = {"state_dict": TAKEN} if name in ("detco", "moco") else TAKEN
+    bare = TAKEN if name in BARE else {"state_dict": TAKEN}
     found = recognise(bare, name)
     assert found.layout is not None
     assert found.layout.name == name

@@ -122,6 +122,13 @@ def test_an_invalid_record_is_refused(tmp_path: Path) -> None:
         read_record(str(path))
 
 
+@pytest.mark.parametrize("provenance", [3, None, ["method"], "toy"])
+def test_a_provenance_that_is_no_dict_is_refused(tmp_path: Path, provenance: object) -> None:
+    path = save(tmp_path / "out.pth", {"provenance": provenance})
+    with pytest.raises(ValueError, match=f"provenance is of type {type(provenance).__name__}, not a dict"):
+        read_record(str(path))
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays_scalars_and_builtin_containers_are_read_from_every_protocol(tmp_path: Path, protocol: int) -> None:
     content = OrderedDict(a=np.arange(6.0).reshape(2, 3), b=np.float32(2.5), c=[1, "x", None, (True, b"y")])

@@ -30,10 +30,10 @@ class Form:
     has: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     equals: Mapping[str, Any] | None = None
-    input: str | None = None
     anonymous: bool = False
     beside: Mapping[str, str] | None = None
     siblings: Mapping[str, str] | None = None
+    stated: Mapping[str, str] | None = None
     method: str | None = None
     settings: Mapping[str, str] | None = None
 
@@ -57,6 +57,7 @@ class Layout:
         preprocess: What the network's input must look like.
         forms: The forms, the first that fits is taken.
         caution: What to know before using the weights; empty if nothing.
+        assumes: What of `preprocess` is only assumed where the file has no record; empty if the project's code says it.
         refuse: Why such files are not converted; empty if they are.
     """
 
@@ -68,6 +69,7 @@ class Layout:
     preprocess: Preprocess
     forms: tuple[Form, ...]
     caution: str = ""
+    assumes: str = ""
     refuse: str = ""
 
 

@@ -25,9 +25,10 @@ def value_at(content: Any, path: str) -> Any:
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """Return a tensor or an array of numbers as a tensor, None if it is neither."""
+    """Return a tensor or an array of numbers as a tensor, None if it is neither, or a tensor without plain content."""
     if isinstance(value, Tensor):
-        return value
+        is_plain = value.layout == torch.strided and value.device.type == "cpu"
+        return value if is_plain else None
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         # Copied only where torch needs it: if the array cannot be written or is not in this machine's byte order.
         is_usable = value.flags.writeable and value.dtype.isnative

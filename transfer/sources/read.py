@@ -15,9 +15,11 @@ from torch import Tensor
 
 from detco.artifact import FORMAT, IMAGENET_RGB, Preprocess, read_artifact
 from transfer.safe_read import UnsafeFileError, load_file, sha256_of
+from transfer.sources.inputs import input_warnings
 from transfer.sources.layouts import load_known
-from transfer.sources.recognise import ANY, BACKBONE, SourceError, input_warning, recognise
-from transfer.sources.resnet50 import differences_from_resnet50
+from transfer.sources.nesting import tensors_in
+from transfer.sources.parts import differences_from_known_parts
+from transfer.sources.recognise import ANY, BACKBONE, SourceError, recognise
 
 CHECKPOINT_FORMAT = "detco-checkpoint"
 CHECKPOINT_SCHEMA = 1
@@ -79,13 +81,14 @@ def read_source(path: Path, name: str | None = None) -> Source:
         source = _from_artifact(path)
     else:
         content = _load(path)
-        if content.get("format") == CHECKPOINT_FORMAT:
+        stated = content.get("format")
+        if isinstance(stated, str) and stated == CHECKPOINT_FORMAT:
             source = _from_our_checkpoint(path, content)
         else:
             source = _from_project(path, content, name)
     if name is not None and source.name != name:
         raise SourceError(f"{path} is a {source.kind}, which says itself what it is; give no --source for it")
-    _require_resnet50(source)
+    _require_known_parts(source)
     return source
 
 
@@ -135,16 +138,20 @@ def _from_artifact(path: Path) -> Source:
 
 def _from_our_checkpoint(path: Path, content: Mapping[str, Any]) -> Source:
     """Take the method's transfer parts from a training checkpoint."""
-    if content.get("schema") != CHECKPOINT_SCHEMA:
-        raise SourceError(f"{path} has schema {content.get('schema')!r}; only {CHECKPOINT_SCHEMA!r} is known")
+    schema = content.get("schema")
+    if not isinstance(schema, int) or schema != CHECKPOINT_SCHEMA:
+        shown = schema if isinstance(schema, int) else f"of type {type(schema).__name__}"
+        raise SourceError(f"{path} has schema {shown}; only {CHECKPOINT_SCHEMA} is known")
     required = ("model", "transfer_parts", "preprocess", "provenance")
     missing = [name for name in required if not isinstance(content.get(name), Mapping)]
     if missing:
         raise SourceError(f"{path} is a checkpoint of detco-pretrain without {', '.join(missing)}; it is incomplete")
+    if not all(isinstance(name, str) for part in content["transfer_parts"].items() for name in part):
+        raise SourceError(f"{path} is a checkpoint of detco-pretrain whose transfer_parts are no names; it is damaged")
     tensors: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     prefixes = {f"{attribute}.": role for role, attribute in content["transfer_parts"].items()}
-    for name, tensor in content["model"].items():
+    for name, tensor in tensors_in(content["model"]).items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
             left_out[name] = "used in pretraining only: not among the method's transfer parts"
@@ -172,8 +179,9 @@ def _from_project(path: Path, content: Mapping[str, Any], name: str | None) -> S
         raise SourceError(f"{path} is not converted: {error}") from None
     layout = found.layout
     is_recorded = "preprocess" in content
-    cautions = [layout.caution] if layout is not None and layout.caution else []
-    warning = None if is_recorded else input_warning(found)
+    trunk = {name.removeprefix(BACKBONE): value for name, value in found.tensors.items() if name.startswith(BACKBONE)}
+    cautions = [layout.caution if layout is not None else "", found.caution]
+    cautions += [] if is_recorded else input_warnings(trunk, layout)
     record = content.get("provenance")
     own = dict(record) if isinstance(record, Mapping) else {}
     values = {key: value.item() if isinstance(value, np.generic) else value for key, value in found.settings.items()}
@@ -197,20 +205,15 @@ def _from_project(path: Path, content: Mapping[str, Any], name: str | None) -> S
         provenance=own | settings,
         name=layout.name if layout is not None else ANY,
         project=layout.project if layout is not None else "",
-        cautions=(*cautions, *([warning] if warning else [])),
+        cautions=tuple(caution for caution in cautions if caution),
     )
 
 
-def _require_resnet50(source: Source) -> None:
-    """Refuse a backbone that is not exactly a ResNet-50, instead of converting a part of it."""
-    shapes = {
-        name[len(BACKBONE) :]: tuple(tensor.shape)
-        for name, tensor in source.tensors.items()
-        if name.startswith(BACKBONE)
-    }
-    if wrong := differences_from_resnet50(shapes):
+def _require_known_parts(source: Source) -> None:
+    """Refuse a backbone, FPN or box head that is not exactly one, instead of converting a part of it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in source.tensors.items()}
+    for title, wrong in differences_from_known_parts(shapes).items():
         listing = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise SourceError(
-            f"{source.path} ({source.kind}) is not a ResNet-50 with torchvision's widths and blocks: {listing}. "
-            f"Other depths, widths and stems are not converted"
+            f"{source.path} ({source.kind}) is not {title}: {listing}. Other depths, widths and stems are not converted"
         )

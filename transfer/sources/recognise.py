@@ -8,13 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from transfer.naming import from_detectron2
-from transfer.sources.layouts import Form, Layout, load_known, load_layouts
+from transfer.sources.inputs import contradiction
+from transfer.sources.layouts import Form, Layout, load_layouts
 from transfer.sources.nesting import describe, dicts_in, tensors_in, value_at, without_module
-from transfer.sources.resnet50 import fits_pixels_from_0_to_1, looks_like_a_resnet
+from transfer.sources.resnet50 import looks_like_a_resnet
 
 BACKBONE = "backbone/"
 ANY = "resnet50"
 """Name of what has no layout of its own: one ResNet-50 under torchvision's names, wherever it lies."""
+SECOND = ("key", "momentum", "EMA", "target", "teacher", "student")
+"""The networks beside the one that is usually used: moving averages, except that of a teacher and its student."""
+NETWORKS = {"q": "query", "query": "query", "k": "key"} | {network.lower(): network for network in SECOND}
+"""Word in the place of a network to what it is, as in "encoder_k" or "teacher_backbone"."""
 
 
 class SourceError(ValueError):
@@ -32,6 +37,7 @@ class Found:
         left_out: Name in the file to the reason, for what is known to lie beside the network.
         unexplained: Names in the file that are neither.
         settings: What the file and the layout say of the pretraining: `method`, `epochs` and so on.
+        caution: What the network's place in the file says against using it; empty if nothing.
     """
 
     layout: Layout | None
@@ -40,6 +46,7 @@ class Found:
     left_out: Mapping[str, str]
     unexplained: tuple[str, ...]
     settings: Mapping[str, Any]
+    caution: str = ""
 
 
 def recognise(content: Mapping[str, Any], wanted: str | None = None) -> Found:
@@ -105,7 +112,6 @@ def _fits(content: Mapping[str, Any], names: Mapping[str, str], tensors: Mapping
         and all(value_at(content, path) is not None for path in form.has)
         and all(value_at(content, path) is None for path in form.without)
         and all(value_at(content, path) == value for path, value in (form.equals or {}).items())
-        and (form.input is None or fits_pixels_from_0_to_1({name: tensors[full] for name, full in names.items()}))
     )
 
 
@@ -137,6 +143,10 @@ def _take(content: Mapping[str, Any], layout: Layout, form: Form) -> Found:
     targets = _targets(names, form)
     if len(set(targets.values())) < len(targets):
         raise SourceError(f"several of its names mean the same tensor of {layout.title}; it holds\n{describe(content)}")
+    if "preprocess" not in content:
+        inner = {name: tensors[full] for name, full in names.items()}
+        if difference := contradiction(inner, form, layout.preprocess):
+            raise SourceError(f"it is of {layout.title}, and {difference}; weights of another input are not converted")
     reasons = {full: reason for name, full in names.items() if (reason := _reason(name, form)) is not None}
     beside = value_at(content, form.outer.rpartition(".")[0]) if form.outer else {}
     siblings = {name: reason for name, reason in (form.siblings or {}).items() if name in beside}
@@ -165,15 +175,23 @@ def _only_resnet(content: Mapping[str, Any]) -> Found:
         raise SourceError(
             f"it holds no ResNet-50 under torchvision's names{_guess(content)}. It holds\n{describe(content)}"
         )
-    _, start, tensors = found[0]
-    networks = {"encoder_q": "query", "encoder_k": "key", "teacher": "teacher", "student": "student"}
+    path, start, tensors = found[0]
+    words = re.split(r"[^a-z0-9]+", f"{path}.{start}".lower())
+    network = next((NETWORKS[word] for word in words if word in NETWORKS), "backbone")
     return Found(
         layout=None,
-        network=networks.get(start.rstrip(".").rpartition(".")[2], "backbone"),
+        network=network,
         tensors={BACKBONE + name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)},
         left_out={},
         unexplained=tuple(name for name in tensors if not name.startswith(start)),
         settings={},
+        caution=(
+            f"the only ResNet-50 in the file lies at {f'{path}: {start}'.strip(': ')!r}, so by its name it is the "
+            f"{network} network, one of a pair, of which published results are usually the other's. Take the file "
+            f"that holds both, or be sure that this one is meant"
+            if network in SECOND
+            else ""
+        ),
     )
 
 
@@ -199,22 +217,3 @@ def _guess(content: Mapping[str, Any]) -> str:
     if any("embedder" in name for name in names):
         return ": these are Hugging Face's names; convert its timm or torchvision counterpart"
     return "" if names else ", nor any tensor"
-
-
-def input_warning(found: Found) -> str | None:
-    """Say so if the stem's statistics contradict the input that the layout states.
-
-    Returns:
-        None if they do not, or tell nothing.
-    """
-    trunk = {name.removeprefix(BACKBONE): value for name, value in found.tensors.items() if name.startswith(BACKBONE)}
-    is_unit = found.layout is not None and found.layout.preprocess == load_known().preprocesses["unit"]
-    looks_unit = fits_pixels_from_0_to_1(trunk)
-    if looks_unit == is_unit:
-        return None
-    if looks_unit:
-        return (
-            "the stem's BatchNorm statistics are those of pixels in 0..1 that were not normalised, which is not what "
-            "is assumed here; if it is Google's SimCLR, give --source simclr_tf"
-        )
-    return "the stem's BatchNorm statistics are not those of pixels in 0..1 without normalisation, as assumed here"

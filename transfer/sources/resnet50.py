@@ -74,10 +74,11 @@ def input_mean(trunk: Mapping[str, Tensor]) -> tuple[tuple[float, ...], float]:
 
 def fits_pixels_from_0_to_1(trunk: Mapping[str, Tensor]) -> bool:
     """Whether the stem's statistics are those of pixels in 0..1 that were not normalised (photos: about 0.4 to 0.5)."""
-    needed = [trunk.get(name) for name in ("conv1.weight", "bn1.running_mean")]
-    if not all(tensor is not None and bool(tensor.isfinite().all()) for tensor in needed):
+    needed = [trunk[name] for name in ("conv1.weight", "bn1.running_mean") if name in trunk]
+    # The shapes first: a tensor of a few bytes can say that it has any number of elements.
+    if [tuple(tensor.shape) for tensor in needed] != [(64, 3, 7, 7), (64,)]:
         return False
-    if [tuple(tensor.shape) for tensor in needed if tensor is not None] != [(64, 3, 7, 7), (64,)]:
+    if not all(bool(tensor.isfinite().all()) for tensor in needed):
         return False
     means, explained = input_mean(trunk)
     return explained > 0.9 and all(0.2 < mean < 0.8 for mean in means)
