@@ -200,6 +200,28 @@ def load_file(path: Path) -> Any:
     return load_torch(path) if is_of_torch else load_pickle(path)
 
 
+def _plain(content: Any) -> Any:
+    """The content, if its dicts are what they seem: a file may hang an attribute `items` on an ordered one.
+
+    Raises:
+        UnsafeFileError: If one has an attribute other than torch's own `_metadata`.
+    """
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, OrderedDict) and (hung := vars(item).keys() - {"_metadata"}):
+            raise UnsafeFileError(f"an OrderedDict in it has the attributes {', '.join(sorted(map(str, hung)))}")
+        if isinstance(item, dict):
+            waiting += dict.values(item)
+        elif isinstance(item, list | tuple | set | frozenset):
+            waiting += item
+    return content
+
+
 def _starts_with(path: Path, start: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(start)) == start
@@ -222,7 +244,7 @@ def load_pickle(path: Path) -> Any:
         with path.open("rb") as file:
             _check_pickle(file)
             file.seek(0)
-            return _Unpickler(file, encoding="latin1").load()
+            return _plain(_Unpickler(file, encoding="latin1").load())
     except UnsafeFileError as error:
         raise UnsafeFileError(
             f"{path} is not read, because {error}: a weights file may hold numpy arrays, tensors, numbers, strings, "
@@ -248,7 +270,7 @@ def load_torch(path: Path) -> Any:
     try:
         _check_torch(path)
         with torch.serialization.safe_globals([(value, name) for name, value in _STAND_INS.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _plain(torch.load(path, map_location="cpu", weights_only=True))
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path} is not read, because {error}") from None
     except Exception as error:  # A damaged archive can raise nearly anything.

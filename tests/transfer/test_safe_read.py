@@ -317,3 +317,19 @@ def test_a_pickle_of_haiku_is_refused_with_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "byol.pkl").write_bytes(b"\x80\x02cdill._dill\n_create_type\n)R.")
     with pytest.raises(UnsafeFileError, match=r"needs dill\._dill\._create_type: .*DeepMind's BYOL or DetCon"):
         read_source(tmp_path / "byol.pkl")
+
+
+class Disguised(OrderedDict):
+    """Pickled as an OrderedDict with an attribute in place of its method."""
+
+    def __reduce__(self) -> tuple:
+        return OrderedDict, (), {"items": 1}
+
+
+def test_an_ordered_dict_with_a_method_replaced_is_refused(tmp_path: Path) -> None:
+    content = {"state_dict": [Disguised()]}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    torch.save(content, tmp_path / "a.pth")
+    for name in ("a.pkl", "a.pth"):
+        with pytest.raises(UnsafeFileError, match="has the attributes items"):
+            load_file(tmp_path / name)
