@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from transfer.suite.jobs import Job, Status, read_jobs, status_of  # noqa: E402
+from transfer.suite.jobs import Job, Status, find_jobs, status_of  # noqa: E402
 from transfer.suite.processes import processes_of  # noqa: E402
 
 SCHEDULER, WORKER, TRAINING, EVERYTHING = "scheduler", "worker", "training", "everything"
@@ -87,7 +87,7 @@ class Torture:
         scheduler = start(self.suite, output)
         lives: Counter[str] = Counter()
         try:
-            while scheduler.poll() is None and not any(status_of(job) is Status.RUNNING for job in read_jobs(output)):
+            while scheduler.poll() is None and not any(status_of(job) is Status.RUNNING for job in jobs_of(output)):
                 time.sleep(0.1)  # the check of all jobs comes first, once
             while True:
                 pause = rng.uniform(0.05, 1.0) * self.typical_s if len(self.kills) < kills else None
@@ -113,14 +113,14 @@ class Torture:
         while time.monotonic() < until:
             if (code := scheduler.poll()) is not None:
                 return code
-            for job in read_jobs(output):
+            for job in jobs_of(output):
                 if len(training := find(job, TRAINING)) > 1:
                     raise Broken(f"processes {training} train {job.id} at the same time")
             time.sleep(0.1)
         return scheduler.poll()
 
     def _kill(self, scheduler: subprocess.Popen[bytes], output: Path, rng: random.Random, lives: Counter[str]) -> str:
-        jobs = read_jobs(output)
+        jobs = jobs_of(output)
         victims = {kind: [(job, pid) for job in jobs for pid in find(job, kind)] for kind in (WORKER, TRAINING)}
         spared = [job.id for job, _ in victims[TRAINING] if lives[job.id] >= KILLS_OF_A_JOB]
         possible = [SCHEDULER, EVERYTHING, *(kind for kind in victims if victims[kind] and not spared)]
@@ -141,6 +141,18 @@ class Torture:
         done = sum(status_of(job) is Status.DONE for job in jobs)
         self.say(f"kill {len(self.kills):>2}: {kind:<10} with {done} of {len(jobs)} jobs done")
         return kind
+
+
+def jobs_of(output: Path) -> list[Job]:
+    """The jobs of an output folder.
+
+    Raises:
+        Broken: If one cannot be read, for every kill must leave the old or the new content.
+    """
+    jobs, left_out = find_jobs(output)
+    if left_out:
+        raise Broken("\n".join(left_out))
+    return jobs
 
 
 def find(job: Job, kind: str) -> list[int]:
@@ -214,7 +226,7 @@ def run_in_peace(suite: Path, output: Path) -> float:
     """
     if code := start(suite, output).wait():
         raise Broken(f"detco-suite ended with exit code {code} without being killed:\n{log_of(output)}")
-    states = [json.loads((job.folder / "state.json").read_text()) for job in read_jobs(output)]
+    states = [json.loads((job.folder / "state.json").read_text()) for job in jobs_of(output)]
     return sum(state["ended"] - state["started"] for state in states) / len(states)
 
 
@@ -260,7 +272,7 @@ def compare(expected: Path, found: Path) -> None:
             raise Broken(f"the table of {found} is not the one in peace:\n{left}\n{right}")
     if len(tables[0]) != len(tables[1]):
         raise Broken(f"{found} has {len(tables[1])} runs instead of {len(tables[0])}")
-    for left_job, right_job in zip(read_jobs(expected), read_jobs(found), strict=True):
+    for left_job, right_job in zip(jobs_of(expected), jobs_of(found), strict=True):
         left_losses, right_losses = losses_of(left_job), losses_of(right_job)
         if left_losses != right_losses:
             raise Broken(f"{right_job.id} was trained with losses {right_losses}, in peace with {left_losses}")
@@ -269,7 +281,7 @@ def compare(expected: Path, found: Path) -> None:
 def repeats_by_kill(output: Path, kills: Sequence[tuple[float, str]]) -> Counter[int]:
     """How many jobs were started again after each kill, by the kill's index; -1 is before the first."""
     repeats: Counter[int] = Counter()
-    for job in read_jobs(output):
+    for job in jobs_of(output):
         for line in (job.folder / "attempts.jsonl").read_text().splitlines():
             entry = json.loads(line)
             if entry["event"] == "start" and entry["attempt"] > 1:

@@ -115,6 +115,8 @@ def write_results(folder: Path, record: RunRecord) -> Path:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump(contents, file, indent=2, allow_nan=False)
         file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())  # or after a power failure the name may be there without the content
     Path(temporary).replace(path)
     path.chmod(0o644)  # mkstemp's files are private
     return path

@@ -9,18 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from transfer.results.runs import RunError, read_run
+from transfer.run_record import RunRecord, Schedule, write_results
+from transfer.suite.inputs import digest_of
 from transfer.suite.jobs import (
     BUSY,
+    RESULT_KEYS,
     Job,
     State,
     Status,
+    find_jobs,
+    is_finished,
     is_locked,
     read_job,
-    read_jobs,
     read_state,
     status_of,
     take_lock,
@@ -28,8 +34,16 @@ from transfer.suite.jobs import (
     write_state,
 )
 from transfer.suite.processes import end_processes, marked_environment, processes_of
+from transfer.weights import WeightsRecord
 
-SUCCEED = "import os, pathlib; run = pathlib.Path('run'); run.mkdir(exist_ok=True); (run / 'results.json').touch()"
+FINISHED = {
+    **{"schema": 1, "task": "t", "recipe": "", "label": "a", "metrics": {"box_AP": 1.0}, "departures": []},
+    **{"weights": {"path": "", "sha256": None, "provenance": {}}, "config_digest": "d", "seed": 0},
+}
+SUCCEED = (
+    "import pathlib; run = pathlib.Path('run'); run.mkdir(exist_ok=True); "
+    f"(run / 'results.json').write_text({json.dumps(FINISHED)!r})"
+)
 SLEEP = "import time; print('training', flush=True); time.sleep(60)"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
 
@@ -45,7 +59,7 @@ def make_job(tmp_path: Path) -> Iterator[MakeJob]:
         folder = tmp_path / name
         script = f"import os; os.chdir({str(folder)!r})\n{script}"
         command = (sys.executable, "-c", script)
-        job = Job(name, len(made), "task", "", "a", "", 0, command, 0, None, folder)
+        job = Job(name, len(made), "task", "", "a", {}, 0, command, 0, None, folder)
         write_job(job)
         made.append(job)
         return job
@@ -89,7 +103,7 @@ def test_the_status_follows_from_lock_results_and_state(make_job: MakeJob) -> No
             write_state(job, State(state, attempts=1, started=0.0))
         if has_results:
             job.run_folder.mkdir()
-            (job.run_folder / "results.json").touch()
+            (job.run_folder / "results.json").write_text(json.dumps(FINISHED))
         lock = take_lock(job.folder / "lock") if locked else None
         if locked:
             expected = Status.RUNNING
@@ -111,7 +125,7 @@ def test_jobs_and_states_are_read_as_they_were_written(make_job: MakeJob, tmp_pa
     assert read_state(first) == state
     assert read_state(second) is None
     assert read_job(first.folder) == first
-    assert read_jobs(tmp_path) == [second, first]
+    assert find_jobs(tmp_path) == ([second, first], [])
 
 
 def test_looking_at_a_lock_does_not_take_it(make_job: MakeJob) -> None:
@@ -137,13 +151,104 @@ def test_a_run_that_leaves_results_is_done_and_not_run_again(make_job: MakeJob) 
     assert [entry["event"] for entry in attempts_of(job)] == ["start", "end"]
 
 
+@pytest.mark.parametrize("content", ["", '{"schema": ', "{}", "[]"])
+def test_a_broken_result_is_none_so_that_the_job_runs_again(make_job: MakeJob, content: str) -> None:
+    job = make_job(SUCCEED)
+    job.run_folder.mkdir()
+    (job.run_folder / "results.json").write_text(content)
+    assert status_of(job) is Status.WAITING
+    assert worker(job).wait() == 0
+    assert status_of(job) is Status.DONE
+    assert len(attempts_of(job)) == 2
+    (job.run_folder / "results.json").write_text(content)
+    assert status_of(job) is Status.INTERRUPTED
+
+
+def test_a_run_that_leaves_a_broken_result_has_failed(make_job: MakeJob) -> None:
+    job = make_job("os.mkdir('run'); open('run/results.json', 'w').write('{')")
+    assert worker(job).wait() == 1
+    assert status_of(job) is Status.FAILED
+
+
+@pytest.mark.parametrize("key", sorted(FINISHED))
+def test_a_result_is_whole_with_all_that_the_tables_need_and_not_without(make_job: MakeJob, key: str) -> None:
+    job = make_job("")
+    job.run_folder.mkdir()
+    path = job.run_folder / "results.json"
+    path.write_text(json.dumps(FINISHED))
+    assert is_finished(job)
+    read_run(path)
+    path.write_text(json.dumps({name: value for name, value in FINISHED.items() if name != key}))
+    assert not is_finished(job)
+    with pytest.raises(RunError):
+        read_run(path)
+
+
+def test_what_a_run_writes_is_whole_even_with_nothing_measured_and_on_the_disk_before_it_has_its_name(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("")
+    job.run_folder.mkdir()
+    weights, schedule = WeightsRecord("", None, {}, None), Schedule(1, 1, 0.1, 0, False, 0.0)
+    record = RunRecord("t", "", "", "a", weights, {"box_AP": None}, [], schedule, {}, {}, "d", 0, 1.0, "0.5")
+    synced: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, is_finished(job))))
+    path = write_results(job.run_folder, record)
+    assert synced == [(path.stat().st_size, False)]
+    assert is_finished(job)
+    assert json.loads(path.read_text()).keys() >= RESULT_KEYS
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_job_is_not_trained_with_another_file_than_it_was_registered_with(
+    make_job: MakeJob, tmp_path: Path, is_gone: bool
+) -> None:
+    weights = tmp_path / "weights.pkl"
+    weights.write_text("old")
+    job = replace(make_job(SUCCEED), inputs={str(weights): digest_of(weights)})
+    write_job(job)
+    weights.unlink() if is_gone else weights.write_text("new")
+    assert worker(job).wait() == 1
+    state = read_state(job)
+    assert state is not None
+    assert state.reason.startswith(f"{weights}: the file has changed")
+    assert status_of(job) is Status.FAILED
+    weights.write_text("old")
+    assert worker(job).wait() == 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"status": "paused", "tail": [], "gpus": []}'])
+def test_a_broken_state_is_an_interruption_that_says_so(make_job: MakeJob, content: str) -> None:
+    job = make_job(SUCCEED)
+    (job.folder / "state.json").write_text(content)
+    assert status_of(job) is Status.INTERRUPTED
+    state = read_state(job)
+    assert state is not None
+    assert state.reason.startswith("state.json cannot be used")
+    assert worker(job).wait() == 0
+    assert status_of(job) is Status.DONE
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"command": "abc"}', None])
+def test_a_folder_whose_job_cannot_be_read_is_named_and_left_out(
+    make_job: MakeJob, tmp_path: Path, content: str | None
+) -> None:
+    good, bad = make_job("", "good"), make_job("", "bad").folder / "job.json"
+    bad.unlink()
+    bad.mkdir() if content is None else bad.write_text(content)
+    found, left_out = find_jobs(tmp_path)
+    assert found == [good]
+    (text,) = left_out
+    assert text.startswith(f"{bad.parent} is left out: ")
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
         ("raise ValueError('no such thing')", "exit code 1: ValueError: no such thing"),
         ("import sys; print('error: wrong --option'); sys.exit(2)", "exit code 2: error: wrong --option"),
-        ("print('almost there')", "ended without a results.json: almost there"),
-        ("", "ended without a results.json: nothing was printed"),
+        ("print('almost there')", "ended without a whole results.json: almost there"),
+        ("", "ended without a whole results.json: nothing was printed"),
     ],
 )
 def test_a_run_that_fails_keeps_its_reason_and_its_log_s_last_lines(
@@ -212,6 +317,14 @@ def test_a_killed_training_is_interrupted_and_names_the_signal(make_job: MakeJob
     assert state is not None
     assert state.reason == "killed by SIGKILL"
     assert status_of(job) is Status.INTERRUPTED
+
+
+def test_a_signal_without_a_name_is_given_by_its_number(make_job: MakeJob) -> None:
+    job = make_job("os.kill(os.getpid(), 40)")
+    assert worker(job).wait() == 130
+    state = read_state(job)
+    assert state is not None
+    assert state.reason == "killed by signal 40"
 
 
 def test_a_killed_worker_s_training_keeps_the_lock_until_it_ends(make_job: MakeJob) -> None:

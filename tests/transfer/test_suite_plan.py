@@ -1,11 +1,15 @@
 """suite.yaml -> jobs: what is combined, which config and weights a job gets, what is refused."""
 
+import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from transfer.suite.forecast import forecast
-from transfer.suite.plan import Suite, SuiteError, load_suite, make_jobs, train_words, with_weights
+from transfer.suite.inputs import config_files
+from transfer.suite.plan import Suite, SuiteError, job_ids, load_suite, make_jobs, train_words, with_weights
 
 ROOT = Path(__file__).parents[2]
 READY = sorted((ROOT / "configs/suites").glob("*.yaml"))
@@ -112,7 +116,7 @@ def test_a_file_of_the_command_line_fills_the_suite_s_weights_and_another_name_a
     assert [job.weights for job in jobs] == ["detco", "mine"]
     for job in jobs:
         assert value_of(train_words(job), "MODEL.WEIGHTS") == str(weights_file)
-        assert len(job.weights_sha256) == 64
+        assert job.inputs[str(weights_file)] == hashlib.sha256(b"weights").hexdigest()
     assert value_of(train_words(jobs[0]), "TRANSFER.LABEL") == "DetCo"
     assert "TRANSFER.LABEL" not in train_words(jobs[1])
 
@@ -158,13 +162,71 @@ def test_the_iterations_of_a_job_are_the_published_ones_overridden_and_scaled(tm
         ("[coco_retinanet_12k]", "{a: {init: random}}", "overrides: [SEED]", "KEY, VALUE"),
         ("[coco_retinanet_12k]", "{a: {init: random}}", "weigths: {}", "did you mean weights"),
         ("[]", "{}", "", "has no 'tasks'"),
+        ("abc", "{a: {init: random}}", "", "tasks: expected a list, got 'abc'"),
+        ("{a: 1}", "{a: {init: random}}", "", "tasks: expected a list"),
+        ("[coco_retinanet_12k]", "[a]", "", "weights is ['a'], expected NAME: {init, file, label}"),
+        ("[{task: coco_retinanet_12k, weights: 3}]", "{a: {init: random}}", "", "expected a list, got 3"),
+        ("[coco_retinanet_12k]", "{a: {init: random}}", "output: [1]", "output: expected a path, got [1]"),
+        ("[coco_retinanet_12k]", "{a: {init: random}}", "datasets_root: 3", "datasets_root: expected a path, got 3"),
     ],
 )
 def test_a_wrong_suite_file_is_refused_with_what_to_do(
     tmp_path: Path, tasks: str, weights: str, more: str, message: str
 ) -> None:
-    with pytest.raises(SuiteError, match=message.replace("[", r"\[").replace("{", r"\{")):
+    with pytest.raises(SuiteError, match=re.escape(message)):
         suite_of(tmp_path, tasks, weights, more)
+
+
+def test_iterations_that_are_no_number_are_refused_by_name(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, "[{task: coco_retinanet_12k, overrides: [SOLVER.MAX_ITER, abc]}]")
+    with pytest.raises(SuiteError, match=r"task coco_retinanet_12k: SOLVER\.MAX_ITER is 'abc'"):
+        make_jobs(suite, only=(), num_gpus=8, auto_scale=False)
+
+
+def test_the_ids_of_a_suite_are_those_of_its_jobs_even_where_files_are_missing(tmp_path: Path) -> None:
+    tasks, weights = "[coco_retinanet_12k, coco_retinanet_1x]", "{a: {init: random}, b: {init: supervised}}"
+    suite = suite_of(tmp_path, tasks, weights, "seeds: [0, 1]")
+    assert job_ids(suite) == [job.id for job in make_jobs(suite, only=(), num_gpus=8, auto_scale=False)]
+    assert len(job_ids(with_weights(suite, ["c=lost.pkl"]))) == 12
+
+
+def test_a_job_knows_the_content_of_its_config_and_of_all_its_bases(tmp_path: Path) -> None:
+    for name, text in {
+        "my_random": "_BASE_: [one.yaml, sub/two.yaml, lost.yaml]",
+        "one": "A: !!python/tuple [1]",
+        "sub/two": "_BASE_: ../three.yaml",
+        "three": "_BASE_: my_random.yaml",  # in a circle
+        "unrelated": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    suite = suite_of(tmp_path, "[{config: 'my_{init}.yaml'}]")
+
+    def inputs() -> Mapping[str, str]:
+        return make_jobs(suite, only=(), num_gpus=0, auto_scale=False)[0].inputs
+
+    before = inputs()
+    names = ("my_random", "one", "sub/two", "three")
+    assert set(before) == {str(tmp_path / f"{name}.yaml") for name in names}
+    for name in names:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(path.read_text() + "\n# other")
+        after = inputs()
+        assert {key for key in after if after[key] != before[key]} == {str(path)}
+        before = after
+
+
+@pytest.mark.d2
+def test_the_files_of_a_config_are_those_that_detectron2_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("detectron2.config").CfgNode
+    opened: list[str] = []
+    really_open = config._open_cfg
+    monkeypatch.setattr(config, "_open_cfg", lambda name: opened.append(name) or really_open(name))
+    for path in sorted((ROOT / "configs/transfer").rglob("*_random.yaml"))[::5]:
+        opened.clear()
+        config.load_yaml_with_base(str(path), allow_unsafe=False)
+        assert {Path(name).resolve() for name in opened} == set(config_files(path))
+        assert len(opened) > 1
 
 
 def test_weights_without_a_file_are_all_named_at_once(tmp_path: Path) -> None:

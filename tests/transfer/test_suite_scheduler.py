@@ -5,19 +5,36 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from transfer.suite.jobs import Job, Status, read_job, read_jobs, read_state, status_of, write_job
-from transfer.suite.processes import end_processes, processes_of
-from transfer.suite.scheduler import AlreadyThere, Scheduler, only_scheduler, register, slots_of
+from transfer.suite import scheduler as scheduler_module
+from transfer.suite.jobs import (
+    Job,
+    State,
+    Status,
+    read_state,
+    status_of,
+    take_lock,
+    write_job,
+    write_state,
+)
+from transfer.suite.processes import end_processes, marked_environment, processes_of
+from transfer.suite.scheduler import AlreadyThere, Scheduler, only_scheduler, slots_of
 
 ROOT = Path(__file__).parents[2]
-SUCCEED = "pathlib.Path('run').mkdir(exist_ok=True); pathlib.Path('run/results.json').touch()"
+FINISHED = {
+    **{"schema": 1, "task": "t", "recipe": "", "label": "a", "metrics": {"box_AP": 1.0}, "departures": []},
+    **{"weights": {"path": "", "sha256": None, "provenance": {}}, "config_digest": "d", "seed": 0},
+}
+SUCCEED = (
+    f"pathlib.Path('run').mkdir(exist_ok=True); pathlib.Path('run/results.json').write_text({json.dumps(FINISHED)!r})"
+)
 # Notes when it ran and on which GPUs.
 NOTED = f"start = time.time(); time.sleep(0.4); {SUCCEED}; note(start)"
 PREAMBLE = """
@@ -33,11 +50,11 @@ WAIT = "print('training', flush=True)\nwhile not go(): time.sleep(0.02)\n"
 PROGRAM = """
 import sys
 from pathlib import Path
-from transfer.suite.jobs import read_jobs
+from transfer.suite.jobs import find_jobs
 from transfer.suite.scheduler import Scheduler, only_scheduler
 output = Path(sys.argv[1])
 with only_scheduler(output):
-    scheduler = Scheduler(read_jobs(output), [()] * int(sys.argv[2]), lambda text: print(text, flush=True))
+    scheduler = Scheduler(find_jobs(output)[0], [()] * int(sys.argv[2]), lambda text: print(text, flush=True))
     failed = scheduler.run(retry_failed=False)
 sys.exit(130 if scheduler.was_stopped else len(failed))
 """
@@ -54,7 +71,7 @@ def make_job(tmp_path: Path) -> Iterator[MakeJob]:
         name = name or f"job{len(made)}"
         folder = tmp_path / name
         command = (sys.executable, "-c", PREAMBLE.format(folder=str(folder)) + script)
-        job = Job(name, len(made), name, "", "a", "", 0, command, 0, None, folder)
+        job = Job(name, len(made), name, "", "a", {}, 0, command, 0, None, folder)
         write_job(job)
         made.append(job)
         return job
@@ -203,6 +220,112 @@ def test_a_killed_worker_s_training_is_waited_for_by_the_same_scheduler(
     assert (status_of(job), starts_of(job)) == (Status.DONE, 1)
 
 
+@pytest.fixture
+def other(make_job: MakeJob) -> Job:
+    """A job on GPU 0 that a killed scheduler has left running."""
+    job = make_job(f"start = time.time(); {WAIT}{SUCCEED}; note(start)", "other")
+    command = [sys.executable, "-m", "transfer.suite.worker", str(job.folder), "--gpus", "0"]
+    subprocess.Popen(command, env=marked_environment(job.folder), start_new_session=True)
+    until(lambda: is_training(job))
+    return job
+
+
+def test_a_running_job_that_is_not_among_the_chosen_keeps_its_gpu(make_job: MakeJob, other: Job) -> None:
+    job, elsewhere = make_job(NOTED), make_job(NOTED)
+    run([elsewhere], [("1",)])  # does not wait for it either
+    assert status_of(other) is Status.RUNNING
+    threading.Timer(1.0, (other.folder / "../go").touch).start()
+    _, said = run([job], [("0",)])
+    (_, other_end, _), (start, _, _) = (eval((item.folder / "note").read_text()) for item in (other, job))
+    assert other_end <= start
+    assert "other, which is not among the chosen jobs" in said[0]
+
+
+def test_a_folder_whose_job_cannot_be_read_is_named_and_the_others_run(make_job: MakeJob) -> None:
+    jobs, broken = [make_job(SUCCEED), make_job(SUCCEED)], make_job("")
+    (broken.folder / "job.json").write_text("{")
+    failed, said = run(jobs, [()])
+    assert failed == []
+    assert said[0].startswith(f"{broken.folder} is left out: ")
+
+
+def test_a_signal_leaves_a_job_alone_that_is_not_among_the_chosen(make_job: MakeJob, other: Job) -> None:
+    job = make_job(SUCCEED)
+    scheduler = Scheduler([job], [("0",)], lambda text: os.kill(os.getpid(), signal.SIGINT))
+    assert scheduler.run(retry_failed=False) == [job]
+    assert scheduler.was_stopped
+    assert [status_of(other), status_of(job)] == [Status.RUNNING, Status.WAITING]
+
+
+def test_a_job_that_runs_on_another_machine_takes_no_place_here(make_job: MakeJob) -> None:
+    job, far = make_job(SUCCEED), make_job(SUCCEED)
+    write_state(far, State(Status.RUNNING, 1, 0.0, host="elsewhere"))
+    lock = take_lock(far.folder / "lock")
+    assert lock is not None
+    assert run([job], [()])[0] == []
+    assert status_of(job) is Status.DONE
+    os.close(lock)
+
+
+def test_what_outlives_a_killed_job_is_ended_before_the_next_one_gets_its_place(
+    make_job: MakeJob, scheduler_process: StartScheduler, tmp_path: Path
+) -> None:
+    child = "import time; time.sleep(60)"
+    spawn = f"import subprocess; child = subprocess.Popen([sys.executable, '-c', {child!r}])"
+    killed = make_job(
+        f"if go(): {SUCCEED}\nelse:\n {spawn}\n open('child', 'w').write(str(child.pid))\n time.sleep(60)"
+    )
+    look = (
+        "pid = open('../job0/child').read(); cmdline = pathlib.Path('/proc', pid, 'cmdline'); lives = cmdline.exists()"
+    )
+    look += " and bool(cmdline.read_bytes()); open('lives', 'w').write(str(lives)); pathlib.Path('../go').touch(); "
+    following = make_job(look + SUCCEED)
+    scheduler = scheduler_process(tmp_path)
+    until(lambda: (killed.folder / "child").exists() and (killed.folder / "child").read_text())
+    orphan = int((killed.folder / "child").read_text())
+    for pid in processes_of(killed.folder):
+        if pid != orphan:
+            os.kill(pid, signal.SIGKILL)
+    assert scheduler.wait() == 0
+    assert (following.folder / "lives").read_text() == "False"
+
+
+def test_a_job_whose_folder_disappears_is_given_up_and_the_others_go_on(make_job: MakeJob) -> None:
+    jobs = [make_job("import shutil; shutil.rmtree(os.getcwd())"), make_job(SUCCEED)]
+    failed, said = run(jobs, [()])
+    assert failed == [jobs[0]]
+    assert status_of(jobs[1]) is Status.DONE
+    assert any(line.startswith("FAILED     1/2 job0: ") for line in said)
+
+
+def test_on_a_full_disk_a_job_is_given_up_and_the_others_go_on(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: Job, state: State) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scheduler_module, "write_state", full)
+    jobs = [make_job("os.kill(os.getpid(), signal.SIGKILL)"), make_job(SUCCEED)]
+    failed, said = run(jobs, [()])
+    assert failed == [jobs[0]]
+    assert any("No space left on device" in line for line in said)
+    assert [status_of(job) for job in jobs] == [Status.INTERRUPTED, Status.DONE]  # and not locked by us
+
+
+def test_a_retry_whose_worker_does_not_start_is_not_explained_by_the_attempt_before(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("raise ValueError('first')")
+    run([job], [()])
+    monkeypatch.setattr(scheduler_module, "sys", SimpleNamespace(executable="false"))
+    failed, said = run([job], [()], retry_failed=True)
+    assert failed == [job]
+    assert "ValueError" not in "".join(said)
+    state = read_state(job)
+    assert state is not None
+    assert state.reason == "its worker ended before it began, with exit code 1, 3 times in a row"
+
+
 def test_a_job_that_is_killed_again_and_again_becomes_a_failed_one(make_job: MakeJob) -> None:
     jobs = [make_job("os.kill(os.getpid(), signal.SIGKILL)"), make_job(SUCCEED)]
     failed, said = run(jobs, [()])
@@ -256,40 +379,3 @@ def test_two_schedulers_never_share_a_folder(tmp_path: Path) -> None:
         pass
     with only_scheduler(tmp_path):
         pass
-
-
-def test_a_job_is_not_continued_with_another_command_or_another_file(make_job: MakeJob) -> None:
-    job = make_job(SUCCEED)
-    register([replace(job, command=("python", "x", "SEED", "1"))])  # nothing has happened yet
-    assert read_job(job.folder).command[-1] == "1"
-    register([job])
-    run([job], [()])
-    register([replace(job, num_gpus=4)])
-    with pytest.raises(AlreadyThere, match="now SEED 1, then nothing more"):
-        register([replace(job, command=(*job.command, "SEED", "1"))])
-    with pytest.raises(AlreadyThere, match="another file under the same name"):
-        register([replace(job, weights_sha256="0" * 64)])
-
-
-def test_where_the_data_lie_and_how_many_gpus_there_are_may_change_unless_the_recipe_is_scaled(
-    make_job: MakeJob,
-) -> None:
-    def command(gpus: str, root: str, *more: str) -> tuple[str, ...]:
-        return (sys.executable, "-c", "", "--num-gpus", gpus, "--datasets-root", root, *more)
-
-    job = replace(make_job(""), command=command("8", "/data"))
-    write_job(job)
-    run([job], [()])
-    register([replace(job, command=("python3", *command("4", "/mnt")[1:]))])
-    with pytest.raises(AlreadyThere, match="now --num-gpus 4 --auto-scale, then nothing more"):
-        register([replace(job, command=command("4", "/data", "--auto-scale"))])
-
-
-def test_nothing_is_registered_if_one_job_is_refused(make_job: MakeJob, tmp_path: Path) -> None:
-    job = make_job(SUCCEED)
-    run([job], [()])
-    fresh = replace(job, id="fresh", folder=tmp_path / "fresh")
-    with pytest.raises(AlreadyThere):
-        register([fresh, replace(job, command=(*job.command, "x"))])
-    assert [found.id for found in read_jobs(tmp_path)] == [job.id]
-    assert json.loads((job.folder / "job.json").read_text())["command"] == list(job.command)

@@ -1,6 +1,7 @@
 """Jobs through submitit's local executor, which needs no SLURM: the same states, requeueing, and nothing twice."""
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -17,7 +18,13 @@ from transfer.suite.slurm import RunJob, SlurmMissing, is_pending, is_queued, qu
 submitit = pytest.importorskip("submitit")
 
 ROOT = Path(__file__).parents[2]
-SUCCEED = "pathlib.Path('run').mkdir(exist_ok=True); pathlib.Path('run/results.json').touch()"
+FINISHED = {
+    **{"schema": 1, "task": "t", "recipe": "", "label": "a", "metrics": {"box_AP": 1.0}, "departures": []},
+    **{"weights": {"path": "", "sha256": None, "provenance": {}}, "config_digest": "d", "seed": 0},
+}
+SUCCEED = (
+    f"pathlib.Path('run').mkdir(exist_ok=True); pathlib.Path('run/results.json').write_text({json.dumps(FINISHED)!r})"
+)
 PREAMBLE = "import os, pathlib, sys, time\nos.chdir({folder!r})\n"
 WAIT = "print('training', flush=True)\nwhile not pathlib.Path('../go').exists(): time.sleep(0.05)\n"
 LOCAL = {"cluster": "local", "timeout_min": "5"}
@@ -35,7 +42,7 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJo
         name = f"job{len(made)}"
         folder = tmp_path / name
         command = (sys.executable, "-c", PREAMBLE.format(folder=str(folder)) + script)
-        job = Job(name, len(made), name, "", "a", "", 0, command, 0, None, folder)
+        job = Job(name, len(made), name, "", "a", {}, 0, command, 0, None, folder)
         write_job(job)
         made.append(job)
         return job
@@ -99,7 +106,26 @@ def test_without_a_time_limit_or_with_a_wrong_parameter_nothing_is_submitted(mak
         submit([job], {"cluster": "local"}, output=tmp_path)
     with pytest.raises(ValueError, match="slurm_partitoin"):
         submit([job], {**LOCAL, "slurm_partitoin": "gpu"}, output=tmp_path)
+    with pytest.raises(ValueError, match="cluster=debug: expected slurm, or local"):
+        submit([job], {**LOCAL, "cluster": "debug"}, output=tmp_path)
     assert not is_queued(job)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[]",
+        '{"cluster": "local"}',
+        '{"cluster": "debug", "job_id": "1", "folder": "x"}',
+        f'{{"cluster": "local", "job_id": "{os.getpid()}", "folder": "x"}}',  # of another program by now
+        f'{{"cluster": "local", "job_id": "{2**22 + 1}", "folder": "x"}}',
+    ],
+)
+def test_a_record_that_leads_to_no_submission_does_not_keep_a_job_queued(make_job: MakeJob, record: str) -> None:
+    job = make_job(SUCCEED)
+    (job.folder / "submitted.json").write_text(record)
+    assert queued_ids([job]) == []
 
 
 def test_without_submitit_the_message_says_how_to_install_it(

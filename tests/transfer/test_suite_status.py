@@ -12,7 +12,7 @@ import pytest
 
 from transfer.suite import cli
 from transfer.suite.forecast import Forecast, duration, finished_jobs, forecast, summary
-from transfer.suite.jobs import Job, State, Status, take_lock, write_job, write_state
+from transfer.suite.jobs import Job, State, Status, take_lock, write_job, write_members, write_state
 from transfer.suite.status import progress_of, result_of, status_report
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def job_of(
     command: tuple[str, ...] = ("x",),
 ) -> Job:
     name = f"{task}__a__seed0"
-    job = Job(name, len(list(folder.iterdir())), task, task, "a", "", 0, command, num_gpus, iterations, folder / name)
+    job = Job(name, len(list(folder.iterdir())), task, task, "a", {}, 0, command, num_gpus, iterations, folder / name)
     write_job(job)
     return job
 
@@ -204,6 +204,36 @@ def test_the_table_shows_every_state_and_why_a_job_failed(tmp_path: Path) -> Non
     assert "    OSError: disk" in lines
     interrupted = status_report([running])
     assert "interrupted  its worker was killed; attempt 1" in interrupted
+
+
+def test_a_job_that_is_no_longer_in_the_suite_is_marked_and_not_left_to_do(tmp_path: Path) -> None:
+    kept, removed = job_of(tmp_path), job_of(tmp_path, "coco_retinanet_1x", iterations=90000)
+    lines = status_report([kept, removed], members=[kept.id]).splitlines()
+    assert ["no longer in the suite" in line for line in lines[:2]] == [False, True]
+    assert lines[-1] == status_report([kept]).splitlines()[-1]
+    assert "no longer" not in status_report([kept, removed])
+
+
+def test_a_job_whose_results_are_lost_is_not_called_killed(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    write_state(job, State(Status.DONE, 1, 0.0, 1.0, 0))
+    assert "interrupted  its results.json is gone or broken; attempt 1" in status_report([job])
+
+
+def test_status_shows_all_jobs_but_the_broken_and_marks_what_the_suite_has_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, removed, broken = [job_of(tmp_path, name) for name in ("good", "removed", "broken")]
+    (broken.folder / "job.json").write_text("{")
+    write_members(tmp_path, [good.id])
+    assert cli.main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert f"{broken.folder} is left out" in said.err
+    assert "2 jobs: 2 waiting" in said.out
+    assert f"{removed.id}  waiting      no longer in the suite;" in said.out
+    (tmp_path / "suite.json").write_text("{")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert "no longer" not in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_commands_that_can_be_typed_and_starts_nothing(

@@ -69,7 +69,7 @@ def check_jobs(jobs: Sequence[Job], *, on_cluster: bool, say: Callable[[str], No
 
 
 def was_checked(job: Job) -> bool:
-    """Whether this very command with this very weights file has been found right before."""
+    """Whether this very command with these very files has been found right before."""
     path = job.folder / MARK
     return path.is_file() and path.read_text(encoding="utf-8") == _digest(job)
 
@@ -80,7 +80,7 @@ def mark_checked(job: Job) -> None:
 
 
 def _digest(job: Job) -> str:
-    return hashlib.sha256("\0".join([*job.command, job.weights_sha256]).encode()).hexdigest()
+    return hashlib.sha256("\0".join([*job.command, *job.inputs, *job.inputs.values()]).encode()).hexdigest()
 
 
 def describe(problems: dict[str, list[str]]) -> str:

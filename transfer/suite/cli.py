@@ -11,8 +11,9 @@ from pathlib import Path
 
 from transfer.suite.check import CheckFailed, check_jobs, describe, mark_checked, was_checked
 from transfer.suite.forecast import finished_jobs, forecast, summary
-from transfer.suite.jobs import Job, Status, read_jobs, status_of
-from transfer.suite.plan import SuiteError, load_suite, make_jobs, shown, with_weights
+from transfer.suite.jobs import Job, Status, find_jobs, read_members, status_of, write_members
+from transfer.suite.plan import SuiteError, job_ids, load_suite, make_jobs, shown, with_weights
+from transfer.suite.processes import require_proc
 from transfer.suite.scheduler import AlreadyThere, Scheduler, is_at_work, only_scheduler, register, slots_of
 from transfer.suite.slurm import SlurmMissing, queued_ids, submit
 from transfer.suite.status import status_report
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SuiteError, AlreadyThere, SlurmMissing, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except CheckFailed as error:
+    except (CheckFailed, OSError) as error:  # a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -191,8 +192,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dry_run(jobs, num_slots=len(slots)))
         return 0
+    require_proc()
     with only_scheduler(output):
         register(jobs)
+        write_members(output, job_ids(suite))
         statuses = [status_of(job) for job in jobs]
         again = (Status.WAITING, Status.INTERRUPTED, *((Status.FAILED,) if arguments.retry_failed else ()))
         to_do = [job for job, status in zip(jobs, statuses, strict=True) if status in again]
@@ -275,13 +278,15 @@ def show_status(arguments: argparse.Namespace) -> int:
     place: Path = arguments.place
     output = load_suite(place).output if place.suffix in (".yaml", ".yml") else place
     while True:
-        jobs = read_jobs(output)
+        jobs, left_out = find_jobs(output)
+        for text in left_out:
+            print(text, file=sys.stderr)
         if not jobs:
             raise SuiteError(f"no job has been started in {output}; detco-suite run SUITE starts them")
         queued = queued_ids(jobs)
         if arguments.watch and sys.stdout.isatty():
             print("\033[H\033[2J", end="")
-        print(status_report(jobs, queued=queued), flush=True)
+        print(status_report(jobs, queued=queued, members=read_members(output)), flush=True)
         at_work = queued or is_at_work(output) or any(status_of(job) is Status.RUNNING for job in jobs)
         if not arguments.watch or not at_work:
             return 0

@@ -6,6 +6,7 @@
     <output>/<job id>/lock            held while anything works on the job, the training process included
     <output>/<job id>/log.txt         what all attempts printed
     <output>/<job id>/run/            the run directory of detco-transfer; its results.json says that the job is done
+    <output>/suite.json               ids of the jobs that the suite had when it was run last
 
 The lock is flock(2). It belongs to the open file, which worker and training process share, and the kernel releases it
 with the last of them, however they end: so a scheduler that comes later can tell running from interrupted.
@@ -15,13 +16,18 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 RESULTS = "results.json"
+# What detco-results needs; with all of it the file is whole, even if there was nothing to measure.
+RESULT_KEYS = frozenset(
+    ("schema", "task", "recipe", "label", "weights", "metrics", "departures", "config_digest", "seed")
+)
+MEMBERS = "suite.json"
 TAIL_LINES = 15
 BUSY = 75  # exit code of a worker that found its job taken (EX_TEMPFAIL)
 RETRY_S = 0.05
@@ -47,7 +53,7 @@ class Job:
         task: The suite's name of the task.
         protocol: Name of the published protocol (transfer/tasks.yaml); "" for a config of the user's own.
         weights: The suite's name of the weights.
-        weights_sha256: Digest of the weights file; "" if there is no local file.
+        inputs: Digest by absolute path of the local files that decide on its result: config, its bases, weights.
         seed: SEED of the run.
         command: The whole command line.
         num_gpus: GPUs it trains on; 0 is the CPU.
@@ -60,7 +66,7 @@ class Job:
     task: str
     protocol: str
     weights: str
-    weights_sha256: str
+    inputs: Mapping[str, str]
     seed: int
     command: tuple[str, ...]
     num_gpus: int
@@ -138,13 +144,33 @@ def read_job(folder: Path) -> Job:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Job(**{**content, "command": tuple(content["command"])}, folder=folder)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a job of this version ({error}); give another --output-dir") from error
+        raise ValueError(
+            f"{path} is not a job of this version ({error}); give another --output-dir, or remove {folder}"
+        ) from error
 
 
-def read_jobs(output: Path) -> list[Job]:
-    """All jobs below an output folder, in the order of their suite."""
-    found = [read_job(path.parent) for path in output.glob("*/job.json")]
-    return sorted(found, key=lambda job: (job.index, job.id))
+def find_jobs(output: Path) -> tuple[list[Job], list[str]]:
+    """All jobs below an output folder, in the order of their suite, and what is wrong with the folders left out."""
+    found, left_out = [], []
+    for path in sorted(output.glob("*/job.json")):
+        try:
+            found.append(read_job(path.parent))
+        except (OSError, ValueError) as error:
+            left_out.append(f"{path.parent} is left out: {error}")
+    return sorted(found, key=lambda job: (job.index, job.id)), left_out
+
+
+def write_members(output: Path, ids: Sequence[str]) -> None:
+    """Remember which jobs the suite has, those of --only and all others."""
+    write_json(output / MEMBERS, {"jobs": list(ids)})
+
+
+def read_members(output: Path) -> frozenset[str] | None:
+    """Ids of the jobs that the suite had when it was run last; None if that cannot be told."""
+    try:
+        return frozenset(json.loads((output / MEMBERS).read_text(encoding="utf-8"))["jobs"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def write_state(job: Job, state: State) -> None:
@@ -153,21 +179,34 @@ def write_state(job: Job, state: State) -> None:
 
 
 def read_state(job: Job) -> State | None:
-    """What the last attempt wrote down; None before the first."""
+    """What the last attempt wrote down; None before the first. An unusable file counts as an interruption."""
     path = job.folder / "state.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    known = {item.name: content[item.name] for item in fields(State) if item.name in content}
-    known |= {"status": Status(content["status"]), "tail": tuple(content["tail"]), "gpus": tuple(content["gpus"])}
-    return State(**known)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name: content[item.name] for item in fields(State) if item.name in content}
+        known |= {"status": Status(content["status"]), "tail": tuple(content["tail"]), "gpus": tuple(content["gpus"])}
+        return State(**known)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"{path.name} cannot be used ({type(error).__name__}: {error})"
+        return State(Status.INTERRUPTED, attempts=0, started=time.time(), reason=reason)
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run has left a whole results.json; a broken one is none."""
+    try:
+        content = json.loads((job.run_folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= RESULT_KEYS
 
 
 def status_of(job: Job) -> Status:
     """Where a job stands, from its lock, its results and its state, in this order."""
     if is_locked(job.folder / "lock"):
         return Status.RUNNING
-    if (job.run_folder / RESULTS).is_file():
+    if is_finished(job):
         return Status.DONE
     state = read_state(job)
     if state is None:
@@ -207,9 +246,10 @@ def take_lock(path: Path, *, patience_s: float = 0.0) -> int | None:
 
 def is_locked(path: Path) -> bool:
     """Whether somebody holds a lock."""
-    if not path.exists():
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who only look do not see each other
     except BlockingIOError:

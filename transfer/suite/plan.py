@@ -19,18 +19,19 @@ Paths in `config` start at the suite file, as _BASE_ does in a config; all other
 """
 
 import difflib
-import hashlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from transfer.suite.inputs import config_files, digest_of
 from transfer.suite.jobs import Job
 from transfer.tasks import Task, config_file, load_tasks
 
@@ -118,8 +119,12 @@ def load_suite(path: Path) -> Suite:
             raise SuiteError(f"{path} has no {key!r}")
     seeds = _seeds(content.get("seeds", [0]), str(path))
     overrides = _words(content.get("overrides"), str(path))
-    weights = tuple(_weights(name, fields, path) for name, fields in (content.get("weights") or {}).items())
-    tasks = tuple(_task(item, seeds, overrides, path) for item in content["tasks"])
+    rows = content.get("weights") or {}
+    if not isinstance(rows, Mapping):
+        raise SuiteError(f"{path}: weights is {rows!r}, expected NAME: {{{', '.join(WEIGHTS_KEYS)}}}, ...")
+    weights = tuple(_weights(name, fields, path) for name, fields in rows.items())
+    tasks = tuple(_task(item, seeds, overrides, path) for item in _list(content["tasks"], f"{path}: tasks"))
+    root = content.get("datasets_root") or os.environ.get("DETECTRON2_DATASETS", "datasets")
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SuiteError(f"{path}: task {', '.join(twice)} is there twice; give one of them a `name`")
@@ -127,8 +132,8 @@ def load_suite(path: Path) -> Suite:
         _known(task.weights or (), [item.name for item in weights], f"{path}: weights of {task.name}")
     return Suite(
         name=str(content.get("name", path.stem)),
-        output=Path(content["output"]),
-        datasets_root=str(content.get("datasets_root") or os.environ.get("DETECTRON2_DATASETS", "datasets")),
+        output=Path(_text(content["output"], f"{path}: output")),
+        datasets_root=_text(root, f"{path}: datasets_root"),
         weights=weights,
         tasks=tasks,
     )
@@ -182,13 +187,15 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
             + " ".join(f"--weights {name}=FILE" for name in lacking)
             + " (made by convert-to-d2), or leave them out with --only"
         )
-    digests = {row: _digest(row) for row in rows}
+    digest = lru_cache(maxsize=None)(digest_of)  # for this once: until the next call a file may change
+    files = {row: _weights_file(row) for row in rows}
     jobs = []
     for index, (task, row, seed) in chosen:
         name = _job_id(task, row, seed)
         folder = suite.output.resolve() / name
         protocol = load_tasks()[task.protocol] if task.protocol else None
-        words = ["--config-file", str(_config(task, protocol, row)), "--resume", "--num-gpus", str(num_gpus)]
+        config = _config(task, protocol, row)
+        words = ["--config-file", str(config), "--resume", "--num-gpus", str(num_gpus)]
         words += ["--auto-scale"] * auto_scale
         words += [
             "--datasets-root",
@@ -207,7 +214,7 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
                 task=task.name,
                 protocol=task.protocol,
                 weights=row.name,
-                weights_sha256=digests[row],
+                inputs={str(path): digest(path) for path in (*config_files(config), *files[row])},
                 seed=seed,
                 command=(*TRAIN, *words),
                 num_gpus=num_gpus,
@@ -216,6 +223,11 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
             )
         )
     return jobs
+
+
+def job_ids(suite: Suite) -> list[str]:
+    """Ids of all jobs of a suite, whether their files are there or not."""
+    return [_job_id(*entry) for entry in _combinations(suite)]
 
 
 def shown(job: Job) -> str:
@@ -265,21 +277,20 @@ def _config(task: SuiteTask, protocol: Task | None, row: Weights) -> Path:
 def _iterations(task: SuiteTask, protocol: Task | None) -> int | None:
     given = dict(zip(task.overrides[0::2], task.overrides[1::2], strict=True))
     known = given.get("SOLVER.MAX_ITER") or (protocol.values.get("SOLVER.MAX_ITER") if protocol else None)
-    return int(known) if known else None
+    try:
+        return int(known) if known else None
+    except ValueError as error:
+        raise SuiteError(f"task {task.name}: SOLVER.MAX_ITER is {known!r}, expected a number of iterations") from error
 
 
-def _digest(row: Weights) -> str:
-    """Digest of the weights file, so that a job is not continued with another file of the same name."""
+def _weights_file(row: Weights) -> list[Path]:
+    """The weights' local file, if they have one."""
     if not row.file or URL in row.file:
-        return ""
+        return []
     path = Path(row.file)
     if not path.is_file():
         raise SuiteError(f"weights {row.name}: there is no file {path}; make it with: convert-to-d2 CHECKPOINT {path}")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return [path.resolve()]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -320,7 +331,7 @@ def _task(item: Any, seeds: tuple[int, ...], overrides: tuple[str, ...], path: P
         config=str((path.parent / pattern).resolve()) if pattern else "",
         seeds=_seeds(fields["seeds"], f"{path}: {name}") if "seeds" in fields else seeds,
         overrides=(*overrides, *_words(fields.get("overrides"), f"{path}: {name}")),
-        weights=None if only is None else tuple(map(str, only)),
+        weights=None if only is None else tuple(map(str, _list(only, f"{path}: weights of {name}"))),
     )
 
 
@@ -338,6 +349,18 @@ def _known(words: Sequence[str], valid: Sequence[str], where: str) -> None:
             near = difflib.get_close_matches(word, valid, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
             raise SuiteError(f"{where}: {word!r} is not known; {hint}")
+
+
+def _list(given: Any, where: str) -> list[Any]:
+    if not isinstance(given, list):
+        raise SuiteError(f"{where}: expected a list, got {given!r}")
+    return given
+
+
+def _text(given: Any, where: str) -> str:
+    if not isinstance(given, str):
+        raise SuiteError(f"{where}: expected a path, got {given!r}")
+    return given
 
 
 def _seeds(given: Any, where: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 MARK = "DETCO_SUITE_JOB"
+PROC = Path("/proc")
 POLL_S = 0.05
 UNKILLABLE_S = 60.0
 
@@ -21,11 +22,21 @@ def marked_environment(folder: Path) -> dict[str, str]:
     return {**os.environ, MARK: str(folder.resolve()), "PYTHONPATH": os.pathsep.join(search)}
 
 
+def require_proc() -> None:
+    """Make sure that processes can be found here.
+
+    Raises:
+        ValueError: If not, as on macOS.
+    """
+    if not (PROC / "self/environ").exists():
+        raise ValueError(f"there is no {PROC}/self/environ: without it no job can be stopped safely. Run it on Linux")
+
+
 def processes_of(folder: Path) -> list[int]:
     """Ids of the living processes that carry the mark of a job's folder, on this machine, without the calling one."""
     wanted = f"{MARK}={folder.resolve()}".encode()
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
+    for entry in PROC.glob("[0-9]*"):
         try:
             if wanted in (entry / "environ").read_bytes().split(b"\0"):  # a zombie's is empty
                 found.append(int(entry.name))

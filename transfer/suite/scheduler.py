@@ -22,6 +22,7 @@ from transfer.suite.jobs import (
     Job,
     State,
     Status,
+    find_jobs,
     is_locked,
     read_job,
     read_state,
@@ -55,11 +56,13 @@ class Active:
         job: The job.
         slots: Places that it takes.
         process: Its worker; None if an earlier scheduler started it.
+        attempts: How many there had been before; while there are no more, its state is that of an earlier one.
     """
 
     job: Job
     slots: frozenset[int]
     process: subprocess.Popen[bytes] | None
+    attempts: int
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def register(jobs: Sequence[Job]) -> None:
     """Write every job's folder and job.json.
 
     Raises:
-        AlreadyThere: If a job has been tried before with another command or another weights file. Nothing is written.
+        AlreadyThere: If a job has been tried before with another command, config or weights file. Nothing is written.
     """
     for job in jobs:
         if not (job.folder / "job.json").is_file() or status_of(job) is Status.WAITING:
@@ -109,10 +112,11 @@ def register(jobs: Sequence[Job]) -> None:
                 f"{job.id} has been started with another command (now {now}, then {then}); give another --output-dir, "
                 f"or remove {job.folder}"
             )
-        if before.weights_sha256 != job.weights_sha256:
+        if before.inputs != job.inputs:
+            changed = sorted({path for path, _ in before.inputs.items() ^ job.inputs.items()})
             raise AlreadyThere(
-                f"{job.id} has been started with another file under the same name ({job.weights}); give the weights "
-                f"another name, or another --output-dir, or remove {job.folder}"
+                f"{job.id} has been started with another content of {', '.join(changed)}; give another --output-dir, "
+                f"or the weights another name, or remove {job.folder}"
             )
     for job in jobs:
         write_job(job)
@@ -149,25 +153,56 @@ class Scheduler:
             retry_failed: Whether to try those again that have failed before.
 
         Returns:
-            The jobs that have failed; to be called once.
+            The jobs that are not done, as they have failed or a signal came; to be called once.
         """
-        waiting = []
         with _signals(self._stop):
-            for job in self.jobs:
-                status = status_of(job)
-                if status is Status.RUNNING:
-                    self._adopt(job)
-                elif status is not Status.DONE and (status is not Status.FAILED or retry_failed):
-                    waiting.append(job)
-            while (waiting or self._active) and not self.was_stopped:
+            waiting = self._look_around(retry_failed)
+            while (waiting or any(map(self._is_ours, self._active.values()))) and not self.was_stopped:
                 for active in [item for item in self._active.values() if _has_ended(item)]:
-                    waiting += self._settle(active)
+                    with self._going_on(active.job):
+                        waiting += self._settle(active)
                 while waiting and (slot := self._free_slot()) is not None and not self.was_stopped:
-                    self._start(waiting.pop(0), slot)
+                    job = waiting.pop(0)
+                    with self._going_on(job):
+                        self._start(job, slot)
                 time.sleep(POLL_S)
             if self.was_stopped:
                 self._end_all()
-        return [job for job in self.jobs if status_of(job) is Status.FAILED]
+        return [job for job in self.jobs if status_of(job) is not Status.DONE]
+
+    def _look_around(self, retry_failed: bool) -> list[Job]:
+        """Find what a killed scheduler left in the folder, jobs that are not ours included: they hold GPUs.
+
+        Returns:
+            Our jobs that are to be run.
+        """
+        waiting = []
+        ours = {job.id for job in self.jobs}
+        found, left_out = find_jobs(self.jobs[0].folder.parent)
+        for text in left_out:
+            self._say(text)
+        for job in [*self.jobs, *(job for job in found if job.id not in ours)]:
+            status = status_of(job)
+            if status is Status.RUNNING:
+                self._adopt(job)
+                continue
+            if status is Status.INTERRUPTED:
+                _end_leftovers(job)
+            if job.id in ours and status is not Status.DONE and (status is not Status.FAILED or retry_failed):
+                waiting.append(job)
+        return waiting
+
+    def _is_ours(self, active: Active) -> bool:
+        return active.job in self.jobs
+
+    @contextmanager
+    def _going_on(self, job: Job) -> Iterator[None]:
+        """Give a job up whose folder cannot be used, on a full disk for instance, and go on with the others."""
+        try:
+            yield
+        except OSError as error:
+            self._active.pop(job.id, None)
+            self._say(f"FAILED     {self._place(job)}: {error}")
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.was_stopped = True
@@ -183,7 +218,9 @@ class Scheduler:
         slots = {index for index, slot in enumerate(self.slots) if set(slot) & set(gpus)}
         if not gpus and free is not None:
             slots = {free}
-        self._active[job.id] = Active(job, frozenset(slots), None)
+        if state is not None and state.host not in ("", socket.gethostname()):  # by SLURM: our GPUs are free
+            slots = set()
+        self._active[job.id] = Active(job, frozenset(slots), None, attempts=-1)
         self._say(f"goes on    {self._place(job)}, started by an earlier detco-suite" + _on(gpus))
 
     def _start(self, job: Job, slot: int) -> None:
@@ -192,53 +229,65 @@ class Scheduler:
         if not self.slots[slot] and len(self.slots) > 1:  # share the cores
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.slots))))
-        is_again = read_state(job) is not None
+        before = read_state(job)
         with job.log.open("ab") as log:
             # A session of its own: neither Ctrl-C nor the end of the terminal reach it, only we do.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self._active[job.id] = Active(job, frozenset({slot}), process)
-        self._say(f"{'again' if is_again else 'start':<10} {self._place(job)}" + _on(self.slots[slot]))
+        self._active[job.id] = Active(job, frozenset({slot}), process, attempts=before.attempts if before else 0)
+        self._say(f"{'again' if before else 'start':<10} {self._place(job)}" + _on(self.slots[slot]))
 
     def _settle(self, active: Active) -> list[Job]:
         """Take a job that has ended off the list. Returns it if it must run again."""
         job = active.job
-        del self._active[job.id]
+        _end_leftovers(job)
         status, state = status_of(job), read_state(job)
         if status is Status.RUNNING:  # taken by somebody in this instant: look again
-            self._active[job.id] = active
+            return []
+        del self._active[job.id]
+        if state is not None and state.attempts <= active.attempts:
+            state = None
+        if not self._is_ours(active):
+            self._say(f"ended      {self._place(job)}")
         elif status is Status.DONE:
             self._say(f"done       {self._place(job)}: {result_of(job)}; {self._left()}")
         elif status is Status.FAILED and state is not None:
             self._say(f"FAILED     {self._place(job)}: {state.reason}\n           all of it in {job.log}")
         elif not self.was_stopped:
-            return self._killed(job, state)
+            return self._killed(active, state)
         return []
 
-    def _killed(self, job: Job, state: State | None) -> list[Job]:
+    def _killed(self, active: Active, state: State | None) -> list[Job]:
+        """Run a job again that ended without a word, but not for ever. `state` is None if it had not even begun."""
+        job = active.job
         self._kills[job.id] = self._kills.get(job.id, 0) + 1
-        reason = state.reason if state is not None and state.reason else "its worker was killed"
+        reason = (state.reason if state is not None else "") or "its worker was killed"
+        if state is None and active.process is not None:
+            reason = f"its worker ended before it began, with exit code {active.process.poll()}"
         if self._kills[job.id] < KILLS_ALLOWED:
             self._say(f"killed     {self._place(job)}: {reason}; it runs again")
             return [job]
-        reason = f"{reason}, {self._kills[job.id]} times in a row; too little memory?"
+        reason = f"{reason}, {self._kills[job.id]} times in a row" + "; too little memory?" * (state is not None)
         lock = take_lock(job.folder / "lock", patience_s=1.0)
         if lock is not None:
-            last = state or State(Status.FAILED, attempts=self._kills[job.id], started=time.time())
-            write_state(job, replace(last, status=Status.FAILED, reason=reason, ended=time.time()))
-            os.close(lock)
+            last = state or State(Status.FAILED, attempts=max(active.attempts, 0), started=time.time())
+            try:
+                write_state(job, replace(last, status=Status.FAILED, reason=reason, ended=time.time()))
+            finally:
+                os.close(lock)
         self._say(f"FAILED     {self._place(job)}: {reason}\n           all of it in {job.log}")
         return []
 
     def _end_all(self) -> None:
-        """End what is running, as after Ctrl-C. Further signals change nothing."""
-        for active in self._active.values():
+        """End what is running of our jobs, as after Ctrl-C. Further signals change nothing."""
+        ours = [active for active in self._active.values() if self._is_ours(active)]
+        for active in ours:
             send(processes_of(active.job.folder), signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S + 5  # workers wait for GRACE_S themselves, and then write it down
-        while not all(map(_has_ended, self._active.values())) and time.monotonic() < deadline:
+        while not all(map(_has_ended, ours)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        for active in self._active.values():
+        for active in ours:
             end_processes(active.job.folder, grace_s=0)
             if active.process is not None:
                 active.process.wait()
@@ -248,6 +297,8 @@ class Scheduler:
             )
 
     def _place(self, job: Job) -> str:
+        if job not in self.jobs:
+            return f"{job.id}, which is not among the chosen jobs"
         return f"{self.jobs.index(job) + 1:>{len(str(len(self.jobs)))}}/{len(self.jobs)} {job.id}"
 
     def _left(self) -> str:
@@ -257,6 +308,16 @@ class Scheduler:
             [forecast(job, finished) for job in left], num_gpus=self.jobs[0].num_gpus, num_slots=len(self.slots)
         )
         return f"{len(left)} waiting" + (f": {text}" if left else "")
+
+
+def _end_leftovers(job: Job) -> None:
+    """End what a killed attempt left behind, as it may hold a GPU; nothing while somebody works on the job."""
+    lock = take_lock(job.folder / "lock")
+    if lock is not None:  # with it no worker can begin meanwhile
+        try:
+            end_processes(job.folder, grace_s=0)
+        finally:
+            os.close(lock)
 
 
 def _has_ended(active: Active) -> bool:

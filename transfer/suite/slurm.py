@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from transfer.suite.jobs import Job, Status, read_job, status_of, write_json
+from transfer.suite.processes import PROC
 from transfer.suite.worker import Attempt
 
 RECORD = "submitted.json"
-LOCAL = "local"
+SLURM, LOCAL = "slurm", "local"
+MODULE_START = "submitit."  # of the modules that submitit starts processes with
 STOP_GRACE_S = 20.0  # SLURM itself kills 30 s after it has asked, or what KillWait says
 AT_WORK = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RUNNING", "SUSPENDED")
 # Right after submission SLURM's accounting may know nothing of a job; long after its end it has forgotten it.
@@ -66,7 +68,9 @@ def submit(
     """
     submitit = _submitit()
     wanted = {name: _number(value) for name, value in parameters.items()}
-    cluster = str(wanted.pop("cluster", "slurm"))
+    cluster = str(wanted.pop("cluster", SLURM))
+    if cluster not in (SLURM, LOCAL):
+        raise ValueError(f"--slurm cluster={cluster}: expected {SLURM}, or {LOCAL} to try it out on this machine")
     if "timeout_min" not in wanted:
         raise ValueError("--slurm timeout_min=MINUTES is needed: submitit's default is 5 minutes, too short for a run")
     try:
@@ -90,13 +94,26 @@ def is_queued(job: Job) -> bool:
     path = job.folder / RECORD
     if not path.is_file():
         return False
-    record = json.loads(path.read_text(encoding="utf-8"))
     submitit = _submitit()
-    kinds = {"slurm": submitit.SlurmJob, LOCAL: submitit.LocalJob}
-    handle = kinds[record["cluster"]](folder=record["folder"], job_id=record["job_id"])
-    if record["cluster"] == LOCAL:  # its id is that of the process
-        return not handle.paths.result_pickle.exists() and Path(f"/proc/{record['job_id']}").exists()
+    kinds = {SLURM: submitit.SlurmJob, LOCAL: submitit.LocalJob}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        folder, job_id = str(record["folder"]), str(record["job_id"])
+        handle = kinds[record["cluster"]](folder=folder, job_id=job_id)
+    except (KeyError, TypeError, ValueError):
+        return False  # nothing is known of it; if it comes all the same, the job's lock keeps it from training twice
+    if record["cluster"] == LOCAL:
+        return not handle.paths.result_pickle.exists() and _is_submitted(job_id)
     return is_pending(str(handle.state), time.time() - path.stat().st_mtime)
+
+
+def _is_submitted(pid: str) -> bool:
+    """Whether the process of a local submission lives; later another one may have its number."""
+    try:
+        words = (PROC / pid / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(word.startswith(MODULE_START) for word in words)
 
 
 def is_pending(state: str, age_s: float) -> bool:

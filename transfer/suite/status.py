@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ SECOND_METRIC = {"box_AP": "mask_AP"}
 MAX_ITER = re.compile(r"^  MAX_ITER: (\d+)$", re.MULTILINE)
 REASON_LENGTH = 110
 QUEUED = "queued"
+REMOVED = "no longer in the suite; "
 
 
 class Progress(NamedTuple):
@@ -65,27 +66,29 @@ def result_of(job: Job) -> str:
     return ", ".join(words or ["no main metric"]) + ("" if run.hours is None else f", {duration(run.hours * 3600)}")
 
 
-def status_report(jobs: Sequence[Job], *, queued: Sequence[str] = ()) -> str:
+def status_report(jobs: Sequence[Job], *, queued: Sequence[str] = (), members: Collection[str] | None = None) -> str:
     """The table of all jobs, the counts, and what is left to do.
 
     Args:
         jobs: In their order.
         queued: Ids of jobs that a cluster has accepted and not started.
+        members: Ids of the jobs that the suite has now; the others are marked, and not counted as left. None: unknown.
     """
     now = time.time()
+    removed = {job.id for job in jobs if members is not None and job.id not in members}
     finished = finished_jobs(jobs)
     statuses = [status_of(job) for job in jobs]
     words = [_word(job, status, queued) for job, status in zip(jobs, statuses, strict=True)]
     width = max(len(job.id) for job in jobs)
     lines = [
-        f"{job.id:<{width}}  {word:<11}  {_details(job, status, finished, now)}".rstrip()
+        f"{job.id:<{width}}  {word:<11}  {REMOVED * (job.id in removed)}{_details(job, status, finished, now)}".rstrip()
         for job, status, word in zip(jobs, statuses, words, strict=True)
     ]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(sorted(words)))
     left = [
         _left(job, status, finished, now)
         for job, status in zip(jobs, statuses, strict=True)
-        if status in (Status.WAITING, Status.INTERRUPTED, Status.RUNNING)
+        if status in (Status.WAITING, Status.INTERRUPTED, Status.RUNNING) and job.id not in removed
     ]
     lines += ["", f"{len(jobs)} jobs: {counts}"]
     if left:
@@ -121,7 +124,8 @@ def _details(job: Job, status: Status, finished: Sequence[Finished], now: float)
         hours = forecast(job, finished)
         bound = "at least" if hours.is_lower_bound else "about"
         return "" if hours.hours is None else f"{bound} {duration(hours.hours * 3600)}"
-    return f"{state.reason or 'its worker was killed'}; attempt {state.attempts}"[:REASON_LENGTH]
+    cause = f"its {RESULTS} is gone or broken" if state.status is Status.DONE else "its worker was killed"
+    return f"{state.reason or cause}; attempt {state.attempts}"[:REASON_LENGTH]
 
 
 def _running(job: Job, state: State | None, now: float) -> str:

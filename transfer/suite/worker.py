@@ -19,13 +19,27 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from transfer.suite.jobs import BUSY, RESULTS, Job, State, Status, read_job, read_state, tail_of, take_lock, write_state
+from transfer.suite.inputs import changed_files
+from transfer.suite.jobs import (
+    BUSY,
+    RESULTS,
+    Job,
+    State,
+    Status,
+    is_finished,
+    read_job,
+    read_state,
+    tail_of,
+    take_lock,
+    write_state,
+)
 from transfer.suite.processes import end_processes, marked_environment
 
 GRACE_S = 10.0  # between asking a training process to end and killing it
 LOCK_PATIENCE_S = 1.0
 # The line of a log that says what went wrong: Python's last, or that of our own commands.
 TELLING = re.compile(r"^(error:|[\w.]*(Error|Exception|Interrupt|DoNotFit)\b)")
+SIGNAL_NAMES = {item.value: item.name for item in signal.Signals}  # most real-time signals have none
 EXIT_CODES = {Status.DONE: 0, Status.FAILED: 1, Status.INTERRUPTED: 130}
 
 
@@ -49,7 +63,7 @@ class Attempt:
         if lock is None:
             return BUSY
         try:
-            if (self.job.run_folder / RESULTS).is_file():
+            if is_finished(self.job):
                 return 0
             end_processes(self.job.folder, grace_s=0)  # of an attempt whose first process was killed
             return EXIT_CODES[self._train(lock)]
@@ -74,16 +88,24 @@ class Attempt:
         )
         write_state(self.job, state)
         self._note("start", state)
+        if changed := changed_files(self.job.inputs):
+            reason = f"{', '.join(changed)}: the file has changed since the suite was started, or is gone"
+            state = replace(state, status=Status.FAILED, ended=time.time(), reason=reason)
+        else:
+            state = self._ended(state, *self._run_command(lock))
+        write_state(self.job, state)
+        self._note("end", state)
+        return state.status
+
+    def _run_command(self, lock: int) -> tuple[int, tuple[str, ...]]:
+        """Train, with the output in the log. Returns the exit code, and the last lines."""
         with self.job.log.open("ab") as log:
             start = log.tell()
             log.write(f"$ {shlex.join(self.job.command)}\n".encode())
             log.flush()
             exit_code = self._wait(lock, log.fileno())
         end_processes(self.job.folder, grace_s=0)
-        state = self._ended(state, exit_code, tail_of(self.job.log, start))
-        write_state(self.job, state)
-        self._note("end", state)
-        return state.status
+        return exit_code, tail_of(self.job.log, start)
 
     def _wait(self, lock: int, log: int) -> int:
         if self._is_stopped:
@@ -106,15 +128,16 @@ class Attempt:
     def _ended(self, state: State, exit_code: int, tail: tuple[str, ...]) -> State:
         """The state after the end, by what the training left behind."""
         state = replace(state, ended=time.time(), exit_code=exit_code)
-        if (self.job.run_folder / RESULTS).is_file():
+        if is_finished(self.job):
             return replace(state, status=Status.DONE)
         if self._is_stopped:
             return replace(state, status=Status.INTERRUPTED, reason="stopped")
         if exit_code < 0:
-            return replace(state, status=Status.INTERRUPTED, reason=f"killed by {signal.Signals(-exit_code).name}")
+            name = SIGNAL_NAMES.get(-exit_code, f"signal {-exit_code}")
+            return replace(state, status=Status.INTERRUPTED, reason=f"killed by {name}")
         telling = [line for line in tail if TELLING.match(line)]
         last = (telling or list(tail) or ["nothing was printed"])[-1]
-        reason = f"exit code {exit_code}: {last}" if exit_code else f"ended without a {RESULTS}: {last}"
+        reason = f"exit code {exit_code}: {last}" if exit_code else f"ended without a whole {RESULTS}: {last}"
         return replace(state, status=Status.FAILED, reason=reason, tail=tail)
 
     def _note(self, event: str, state: State) -> None:
