@@ -16,8 +16,14 @@ d2.require()
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
 
 INITS = ("converted", "supervised", "random")
-# A repeated run differs from its sisters in these only, so they stay out of the digest that finds the sisters.
-NOT_IN_DIGEST = ("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS")
+# What a run may be given without becoming another experiment: repeated runs differ in these only, so they stay out of
+# the digest that finds a run's sisters. The results of some of them differ, but no more than those of two seeds do
+# (NUM_WORKERS splits the random numbers of the augmentation, DEVICE and CUDNN_BENCHMARK round differently); what
+# --auto-scale makes of REFERENCE_WORLD_SIZE stands in batch, lr and iterations.
+NOT_IN_DIGEST = (
+    *("SEED", "OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "CUDNN_BENCHMARK", "VIS_PERIOD"),
+    *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE"),
+)
 
 
 def add_transfer_config(cfg: CfgNode) -> None:
@@ -72,7 +78,7 @@ def load_config(config_file: str | Path, overrides: Sequence[str] = ()) -> CfgNo
 
 
 def config_digest(cfg: CfgNode, datasets: Mapping[str, Sequence[str]]) -> str:
-    """Hex sha256 of the resolved config without SEED, OUTPUT_DIR and MODEL.WEIGHTS: repeated runs share it.
+    """Hex sha256 of the resolved config without NOT_IN_DIGEST: repeated runs share it.
 
     Args:
         cfg: Resolved config.

@@ -15,6 +15,7 @@ from typing import Any
 
 from transfer import d2
 from transfer.coco_source import CocoSet, read_coco
+from transfer.dataset_files import MAKE_TRAIN_IDS, missing_files
 from transfer.repairs import DatasetError, some_of
 from transfer.voc_source import VocSplit, check_classes, read_voc
 
@@ -36,7 +37,8 @@ LAYOUTS = {
     "keypoints_coco": "coco/annotations/person_keypoints_{train,val}2017.json, coco/{train,val}2017/*.jpg",
     "voc": "VOC2007/ and VOC2012/, each with Annotations/*.xml, JPEGImages/*.jpg, ImageSets/Main/<split>.txt",
     "lvis": "lvis/lvis_v1_{train,val}.json, images in coco/{train,val}2017/",
-    "cityscapes": "cityscapes/leftImg8bit/{train,val}/, cityscapes/gtFine/{train,val}/",
+    "cityscapes": "cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>/",
+    "cityscapes_fine_sem_seg": f"gtFine's *_labelTrainIds.png: {MAKE_TRAIN_IDS.format(root='ROOT/cityscapes')}",
 }
 
 
@@ -91,8 +93,10 @@ def register_datasets(root: str | Path) -> None:
 def check_datasets(names: Iterable[str]) -> None:
     """Check that the files of these registered datasets exist, before anything is built.
 
+    `missing_files` says what is looked at. The user's own sets have been read whole when they were registered.
+
     Raises:
-        ValueError: If a name is not registered.
+        ValueError: If a name is not registered, or an annotation file is no JSON.
         FileNotFoundError: If files are missing; lists what is missing where, and the expected layout.
     """
     missing: list[str] = []
@@ -102,7 +106,7 @@ def check_datasets(names: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"there is no dataset '{name}'{hint}")
-        paths = _missing_paths(name)
+        paths = missing_files(MetadataCatalog.get(name).as_dict()) if name not in (USER_TRAIN, USER_VAL) else []
         missing += [f"  {name}: {path}" for path in paths]
         if paths:
             layouts += [f"  {layout}" for prefix, layout in LAYOUTS.items() if prefix in name]
@@ -263,32 +267,3 @@ def _store(content: dict[str, Any], name: str) -> Path:
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
         file.write(text)
     return Path(file.name).replace(path)
-
-
-def _missing_paths(name: str) -> list[str]:
-    """Files and folders of a registered dataset that do not exist, as far as its metadata name them."""
-    entry = MetadataCatalog.get(name)
-    keys = [
-        *("json_file", "subset_file", "panoptic_json", "image_root", "panoptic_root"),
-        *("sem_seg_root", "image_dir", "gt_dir"),
-    ]
-    named = [str(value) for value in (entry.get(key) for key in keys) if value]
-    # "scheme://" is for Detectron2's PathManager to fetch.
-    missing = [path for path in named if "://" not in path and not Path(path).exists()]
-    if entry.get("dirname") and entry.get("evaluator_type") == "pascal_voc":  # a "voc_folder" was read already
-        missing += _missing_voc_paths(Path(entry.dirname), entry.split)
-    return missing
-
-
-def _missing_voc_paths(folder: Path, split: str) -> list[str]:
-    file = folder / "ImageSets" / "Main" / f"{split}.txt"
-    missing = [str(path) for path in (folder / "Annotations", folder / "JPEGImages", file) if not path.exists()]
-    if missing:
-        return missing
-    stems = file.read_text(encoding="utf-8").split()
-    for part, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
-        present = {path.name for path in (folder / part).iterdir()}
-        absent = [f"{stem}{suffix}" for stem in stems if f"{stem}{suffix}" not in present]
-        if absent:
-            missing.append(f"{len(absent)} of the {len(stems)} listed files in {folder / part}: {some_of(absent)}")
-    return missing

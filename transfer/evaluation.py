@@ -31,6 +31,9 @@ _PACKAGES = {
     "cityscapes_sem_seg": {"cityscapesscripts": "cityscapesscripts"},
 }
 
+# evaluator_types whose processes exchange their predictions through a temporary folder of the first one.
+ONE_MACHINE = ("cityscapes_instance", "cityscapes_sem_seg")
+
 
 class VocFolderEvaluator(PascalVOCDetectionEvaluator):  # type: ignore[misc]  # Detectron2 is not followed
     """Detectron2's VOC evaluator, on the ground truth as registered instead of the folder's XML files.
@@ -124,6 +127,27 @@ def check_evaluator(dataset_name: str) -> None:
     if absent:
         remedy = " && ".join(f"pip install {_PACKAGES[kind][name]}" for name in absent)
         raise ValueError(f"evaluating '{dataset_name}' ({kind}) needs {' and '.join(absent)}: {remedy}")
+
+
+def check_machines(dataset_name: str, num_machines: int) -> list[str]:
+    """Refuse to evaluate Cityscapes on several machines, which Detectron2 cannot: it would fail after the training.
+
+    All processes write their predictions into one temporary folder, the first one's, which other machines do not have.
+
+    Args:
+        dataset_name: A name in Detectron2's catalogs.
+        num_machines: Machines of the run.
+
+    Raises:
+        ValueError: If so.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if num_machines > 1 and kind in ONE_MACHINE:
+        raise ValueError(
+            f"--num-machines is {num_machines}, but '{dataset_name}' ({kind}) can be evaluated on one machine only; "
+            "train and evaluate on one, with --auto-scale if it has fewer than the published 8 GPUs"
+        )
+    return []
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:

@@ -17,6 +17,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
 
 # SOLVER.CLIP_GRADIENTS.CLIP_TYPE that Detectron2 lacks: its "norm" clips each parameter's gradient by itself.
 FULL_MODEL = "full_model"
+CLIP_TYPES = ("value", "norm", FULL_MODEL)
 
 
 def build_adamw(cfg: Any, model: nn.Module) -> Optimizer:
@@ -56,9 +57,19 @@ def build_optimizer(cfg: Any, model: nn.Module) -> Optimizer:
     """The optimiser of a config.
 
     Raises:
+        ValueError: As `check_optimizer`.
+    """
+    check_optimizer(cfg)
+    return OPTIMIZERS[cfg.TRANSFER.OPTIMIZER](cfg, model)
+
+
+def check_optimizer(cfg: Any) -> None:
+    """Refuse a config whose optimiser could not be built.
+
+    Raises:
         ValueError: If TRANSFER.OPTIMIZER is not known, or does not know the kind of gradient clipping.
     """
-    name = cfg.TRANSFER.OPTIMIZER
+    name, clip = cfg.TRANSFER.OPTIMIZER, cfg.SOLVER.CLIP_GRADIENTS
     if name not in OPTIMIZERS:
         raise ValueError(f"TRANSFER.OPTIMIZER is {name}; it must be one of {', '.join(OPTIMIZERS)}")
     if name == "sgd" and _clips_full_model(cfg):
@@ -66,7 +77,10 @@ def build_optimizer(cfg: Any, model: nn.Module) -> Optimizer:
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {FULL_MODEL}, which Detectron2's SGD does not know; give value or "
             "norm, or set TRANSFER.OPTIMIZER to adamw"
         )
-    return OPTIMIZERS[name](cfg, model)
+    if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE}; it must be one of {', '.join(CLIP_TYPES)}"
+        )
 
 
 def _clips_full_model(cfg: Any) -> bool:

@@ -88,7 +88,9 @@ def check_preprocess(cfg: Any, record: WeightsRecord) -> list[str]:
     )
 
 
-def check_processes(cfg: Any, *, num_gpus: int, num_machines: int, cuda_gpus: int) -> list[str]:
+def check_processes(
+    cfg: Any, *, num_gpus: int, num_machines: int, cuda_gpus: int, eval_only: bool = False
+) -> list[str]:
     """Refuse a number of processes that this machine or the batch cannot have.
 
     Args:
@@ -96,6 +98,7 @@ def check_processes(cfg: Any, *, num_gpus: int, num_machines: int, cuda_gpus: in
         num_gpus: Processes per machine; 0 is one process on the CPU.
         num_machines: Machines.
         cuda_gpus: CUDA devices of this machine.
+        eval_only: Whether nothing is trained: the batch of the training is not shared then, test images are.
 
     Returns:
         Notes for the log.
@@ -115,7 +118,7 @@ def check_processes(cfg: Any, *, num_gpus: int, num_machines: int, cuda_gpus: in
         )
     processes = max(num_gpus, 1) * num_machines
     batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch % processes:
+    if batch % processes and not eval_only:
         raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} cannot be divided among {processes} processes")
     if not cuda_gpus and num_gpus == 1:
         return ["No CUDA device: training on the CPU."]

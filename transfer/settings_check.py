@@ -29,7 +29,7 @@ from transfer.checks.schedule import check_batch, check_schedule
 from transfer.checks.weights import check_weights_file
 from transfer.config import load_config
 from transfer.datasets import check_datasets, register_datasets
-from transfer.evaluation import check_evaluator
+from transfer.evaluation import check_evaluator, check_machines
 from transfer.modeling import check_model_available
 from transfer.preflight import check_init, check_preprocess, check_processes
 from transfer.scaling import auto_scale, refuse_silent_scaling
@@ -115,11 +115,12 @@ def examine(args: argparse.Namespace) -> Prepared:
         before, (cfg, table) = dict(pairs(cfg)), auto_scale(cfg, processes)
         unscaled = {key: before[key] for key, value in pairs(cfg) if not is_same(value, before[key])}
         findings.notes.append(table)
-    findings.take(refuse_silent_scaling, cfg, processes)
+    if not args.eval_only:
+        findings.take(refuse_silent_scaling, cfg, processes)
     _check_machine(findings, cfg, args)
     cfg.MODEL.DEVICE = device_of(cfg, num_gpus=args.num_gpus)
     _register(findings, cfg, args)
-    evaluators = _check_data(findings, cfg, eval_only=args.eval_only)
+    evaluators = _check_data(findings, cfg, eval_only=args.eval_only, num_machines=args.num_machines)
     based_on = cfg.TRANSFER.TASK if args.val_data else ""
     weights = WeightsRecord("", None, None, {})
     departures: list[str] = []
@@ -168,10 +169,17 @@ def _check_machine(findings: Findings, cfg: Any, args: argparse.Namespace) -> No
         # --check belongs on the login node too, which has no GPU.
         findings.notes.append(f"This machine has {cuda_gpus} CUDA devices; the one that trains needs {needed}.")
         cuda_gpus = needed
-    findings.take(check_processes, cfg, num_gpus=args.num_gpus, num_machines=args.num_machines, cuda_gpus=cuda_gpus)
+    findings.take(
+        check_processes,
+        cfg,
+        num_gpus=args.num_gpus,
+        num_machines=args.num_machines,
+        cuda_gpus=cuda_gpus,
+        eval_only=args.eval_only,
+    )
 
 
-def _check_data(findings: Findings, cfg: Any, *, eval_only: bool) -> dict[str, str]:
+def _check_data(findings: Findings, cfg: Any, *, eval_only: bool, num_machines: int) -> dict[str, str]:
     """Returns the evaluator_type of every test set."""
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     names = [*train, *cfg.DATASETS.TEST]
@@ -184,6 +192,7 @@ def _check_data(findings: Findings, cfg: Any, *, eval_only: bool) -> dict[str, s
     for name in cfg.DATASETS.TEST:
         if name in known:
             findings.take(check_evaluator, name)
+            findings.take(check_machines, name, num_machines)
     findings.take(check_overlap, train, cfg.DATASETS.TEST)
     findings.take(count_voc0712, train)
     tested = [name for name in cfg.DATASETS.TEST if name in known]

@@ -32,11 +32,11 @@ def draw_subset(image_ids: Iterable[int], percent: float, seed: int) -> list[int
 
     Args:
         image_ids: All ids, in any order.
-        percent: In (0, 100]; the number of images is rounded to the nearest.
+        percent: In (0, 100]; the number of images is rounded to the nearest, and at least one.
         seed: Any integer; each gives another, independent order.
     """
     ranked = sorted(image_ids, key=lambda number: hashlib.sha256(f"{seed}:{number}".encode()).digest())
-    return sorted(ranked[: round(len(ranked) * percent / 100)])
+    return sorted(ranked[: max(1, round(len(ranked) * percent / 100))])
 
 
 def list_file(root: Path, percent: int, seed: int) -> Path:

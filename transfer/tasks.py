@@ -98,17 +98,19 @@ def departures(
 
     Args:
         published: Dotted key -> value, see `published_values`.
-        cfg: Detectron2's CfgNode; every key of `published` exists in it.
+        cfg: Detectron2's CfgNode. Keys that it lacks (those of DensePose in another detector) are departures.
         accepts: Dotted key -> further values that are no departure, see `Task.accepts`.
 
     Returns:
         Sentences, "SOLVER.MAX_ITER is 30, the task's is 24000"; empty if the config is the protocol.
     """
-    return [
-        f"{key} is {show(value_at(cfg, key))}, the task's is {show(value)}"
-        for key, value in sorted(published.items())
-        if not any(is_same(value_at(cfg, key), right) for right in (value, *accepts.get(key, ())))
-    ]
+    actual, found = dict(pairs(cfg)), []
+    for key, value in sorted(published.items()):
+        if key not in actual:
+            found.append(f"{key} is not set, the task's is {show(value)}")
+        elif not any(is_same(actual[key], right) for right in (value, *accepts.get(key, ()))):
+            found.append(f"{key} is {show(actual[key])}, the task's is {show(value)}")
+    return found
 
 
 def value_at(cfg: Mapping[str, Any], key: str) -> Any:

@@ -62,5 +62,8 @@ def test_digest_ignores_what_differs_between_repeated_runs() -> None:
         return config_digest(cfg, {"train": [data], "test": []})
 
     assert digest() == digest("SEED", "3", "OUTPUT_DIR", "x", "MODEL.WEIGHTS", "y.pkl")
+    assert digest() == digest("DATALOADER.NUM_WORKERS", "9", "SOLVER.CHECKPOINT_PERIOD", "7", "VIS_PERIOD", "5")
+    assert digest() == digest("SOLVER.REFERENCE_WORLD_SIZE", "8", "MODEL.DEVICE", "cpu", "CUDNN_BENCHMARK", "True")
+    assert digest() != digest("TRANSFER.LABEL", "another row")
     assert digest() != digest(data="other")
     assert digest() != digest("SOLVER.MAX_ITER", "23999")

@@ -94,14 +94,15 @@ def test_missing_files_are_listed_before_anything_is_built(tmp_path: Path) -> No
     write_voc(tmp_path / "VOC2012")
     (tmp_path / "VOC2012/ImageSets/Main/trainval.txt").write_text("000001\n000002\n")
     with pytest.raises(FileNotFoundError) as caught:
-        check_datasets(["coco_2017_train", "voc_2012_trainval", "voc_2007_test"])
+        check_datasets(["coco_2017_train", "keypoints_coco_2017_val", "voc_2012_trainval", "voc_2007_test"])
     message = str(caught.value)
     assert f"coco_2017_train: {tmp_path}/coco/annotations/instances_train2017.json" in message
     assert f"coco_2017_train: {tmp_path}/coco/train2017" in message
     assert f"1 of the 2 listed files in {tmp_path}/VOC2012/Annotations: 000002.xml" in message
     assert f"1 of the 2 listed files in {tmp_path}/VOC2012/JPEGImages: 000002.jpg" in message
     assert f"voc_2007_test: {tmp_path}/VOC2007/ImageSets/Main/test.txt" in message
-    assert "coco/annotations/{instances,person_keypoints}_{train,val}2017.json" in message
+    assert "  coco/annotations/instances_{train,val}2017.json, coco/{train,val}2017/*.jpg\n" in message
+    assert "  coco/annotations/person_keypoints_{train,val}2017.json, coco/{train,val}2017/*.jpg\n" in message
     assert "$DETECTRON2_DATASETS" in message
 
 

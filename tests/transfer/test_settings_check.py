@@ -1,5 +1,6 @@
 """detco-transfer --check: mistakes that people make, each caught by name, and no alarm on any config of the suite."""
 
+import importlib.util
 import pickle
 import random
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A datasets' root in which every file that the suite's configs need is there, empty."""
+    """A datasets' root with one image in everything that the suite's configs need; what is not read is empty."""
     root = tmp_path_factory.mktemp("datasets")
     register_datasets(root)
     register_subsets(root, seed=0)
@@ -113,17 +114,33 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = Path(entry.get(key) or root)
             if path.suffix:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
+                path.write_text("1" if path.suffix == ".txt" else IMAGES)
             else:
                 path.mkdir(parents=True, exist_ok=True)
-        if name.startswith("voc_"):
-            listing = Path(entry.dirname) / "ImageSets" / "Main" / f"{entry.split}.txt"
-            listing.parent.mkdir(parents=True, exist_ok=True)
-            listing.write_text("000001\n")
-            for file in ("Annotations/000001.xml", "JPEGImages/000001.jpg"):
-                (Path(entry.dirname) / file).parent.mkdir(exist_ok=True)
-                (Path(entry.dirname) / file).touch()
+        write_files(name, entry)
     return root
+
+
+IMAGES = '{"images": [{"id": 1, "file_name": "train2017/1.jpg", "coco_url": "http://x/train2017/1.jpg"}]}'
+
+
+def write_files(name: str, entry: Any) -> None:
+    """The image of one dataset, and in VOC and Cityscapes what belongs to it."""
+    files = []
+    if name.startswith("voc_"):
+        files = [Path(entry.dirname) / file for file in ("Annotations/000001.xml", "JPEGImages/000001.jpg")]
+        listing = Path(entry.dirname) / "ImageSets" / "Main" / f"{entry.split}.txt"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text("000001\n")
+    elif entry.get("image_dir"):
+        files = [Path(entry.image_dir) / "aachen/1_leftImg8bit.png"]
+        for ending in ("polygons.json", "instanceIds.png", "labelIds.png", "labelTrainIds.png"):
+            files.append(Path(entry.gt_dir) / f"aachen/1_gtFine_{ending}")
+    elif entry.get("image_root"):
+        files = [Path(entry.image_root) / "train2017/1.jpg"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
 MISTAKES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("settings_mistakes.yaml").read_text())
@@ -346,6 +363,93 @@ def test_a_task_of_ones_own_is_compared_with_no_recipe(root: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Settings of a task of your own", "  recipe     none published, random weights"]
     assert lines[-1] == "ready; no published task to compare with"
+
+
+def test_a_number_of_gpus_that_cannot_share_the_training_batch_may_evaluate(root: Path) -> None:
+    config = file_of(f"{MASK_FPN}_random")
+    scaled = {"SOLVER.REFERENCE_WORLD_SIZE": "8"}
+    assert len(examined(config, root, "--num-gpus", "3", **scaled).errors) == 2
+    assert examined(config, root, "--num-gpus", "3", "--eval-only", **scaled).errors == []
+
+
+@pytest.mark.parametrize("config", ["cityscapes/fcn16s_r50_90k", "cityscapes/mask_rcnn_r50_fpn_24k"])
+@pytest.mark.parametrize("options", [[], ["--eval-only"]])
+def test_cityscapes_is_refused_on_several_machines_and_nothing_else_is(
+    config: str, options: list[str], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    machines = ["--num-gpus", "4", "--num-machines", "2", "--dist-url", "tcp://first:1", *options]
+    (message,) = examined(file_of(f"{config}_random"), root, *machines).errors
+    assert "can be evaluated on one machine only" in message
+    assert examined(file_of(f"{MASK_FPN}_random"), root, *machines).errors == []
+
+
+# Keys that tasks.yaml does not list. Each changes the trained network or its result.
+UNLISTED = {
+    "MODEL.RPN.LOSS_WEIGHT": "2.0",
+    "MODEL.FPN.FUSE_TYPE": "avg",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": "True",
+    "MODEL.RESNETS.WIDTH_PER_GROUP": "128",
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": "8",
+    "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": "False",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": "512",
+}
+
+
+def test_every_key_outside_the_protocol_is_compared_with_the_shipped_config(root: Path, files: dict[str, str]) -> None:
+    values = {"MODEL.WEIGHTS": files["fits"], **UNLISTED}
+    listed = load_tasks()["coco_maskrcnn_fpn_1x"].values
+    assert listed.keys().isdisjoint(UNLISTED)
+    prepared = examined(file_of(MASK_FPN), root, "--num-gpus", "4", "--auto-scale", **values)
+    assert [sentence.split(" is ")[0] for sentence in prepared.departures] == sorted(UNLISTED)
+    assert "MODEL.RPN.LOSS_WEIGHT is 2, the task's is 1" in prepared.departures
+    assert prepared.errors == []
+
+
+def test_what_does_not_change_the_experiment_is_no_departure(root: Path, files: dict[str, str]) -> None:
+    values = {"SEED": "0", "DATALOADER.NUM_WORKERS": "9", "SOLVER.CHECKPOINT_PERIOD": "77", "VIS_PERIOD": "5"}
+    values |= {"CUDNN_BENCHMARK": "True", "TRANSFER.LABEL": "mine", "SOLVER.REFERENCE_WORLD_SIZE": "8"}
+    prepared = examined(file_of(MASK_FPN), root, "--num-gpus", "8", **{"MODEL.WEIGHTS": files["fits"]}, **values)
+    assert prepared.errors == prepared.departures == []
+
+
+def test_a_wrong_name_is_still_told_beside_another_change(root: Path, files: dict[str, str]) -> None:
+    values = {"MODEL.WEIGHTS": files["fits"], "TRANSFER.TASK": "coco_maskrcnn_fpn_1x"}
+    config = file_of("coco/mask_rcnn_r50_fpn_2x")
+    for more in ({}, {"MODEL.RPN.LOSS_WEIGHT": "2.0"}):
+        (message,) = examined(config, root, "--num-gpus", "8", **values, **more).errors
+        assert "but the config is exactly coco_maskrcnn_fpn_2x" in message
+
+
+@pytest.mark.skipif(not densepose.is_installed(), reason="needs the DensePose project of Detectron2")
+def test_another_detector_under_the_name_of_densepose_departs(root: Path, files: dict[str, str]) -> None:
+    values = {"MODEL.WEIGHTS": files["fits"], "TRANSFER.TASK": "coco_densepose_fpn_s1x", "MODEL.RPN.LOSS_WEIGHT": "2.0"}
+    prepared = examined(file_of("lvis/mask_rcnn_r50_fpn_4conv1fc_1x"), root, "--num-gpus", "8", **values)
+    assert "MODEL.DENSEPOSE_ON is not set, the task's is True" in prepared.departures
+
+
+def test_detcos_long_side_is_published_for_c4_up_to_2x_only(root: Path, files: dict[str, str]) -> None:
+    values = {"MODEL.WEIGHTS": files["fits"], "INPUT.MAX_SIZE_TRAIN": "1200"}
+    for schedule, departures in {"12k": 0, "1x": 0, "2x": 0, "4x": 1}.items():
+        config = file_of(f"coco/mask_rcnn_r50_c4_{schedule}")
+        assert len(examined(config, root, "--num-gpus", "8", **values).departures) == departures
+
+
+def test_sparse_rcnn_without_scipy_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else find_spec(name))
+    (message,) = examined(file_of("coco/sparse_rcnn_r50_300pro_3x_random"), root, "--num-gpus", "8").errors
+    assert "pip install scipy" in message
+    assert examined(file_of(f"{MASK_FPN}_random"), root, "--num-gpus", "8").errors == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("full_model", "which Detectron2's SGD does not"), ("all", "must be one of")]
+)
+def test_gradient_clipping_that_the_optimiser_does_not_know_is_refused(kind: str, said: str, root: Path) -> None:
+    clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": kind}
+    (message,) = examined(file_of(f"{MASK_FPN}_random"), root, "--num-gpus", "8", **clip).errors
+    assert said in message
 
 
 def test_check_works_on_a_machine_with_fewer_gpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,11 @@ def test_a_part_does_not_depend_on_the_order_of_the_annotations() -> None:
     assert draw_subset(shuffled, 10, seed=1) == draw_subset(IDS, 10, seed=1)
 
 
+def test_a_part_of_very_few_images_holds_one() -> None:
+    assert len(draw_subset(IDS[:20], 1, seed=0)) == len(draw_subset(IDS[:1], 1, seed=0)) == 1
+    assert draw_subset([], 1, seed=0) == []
+
+
 def test_the_lists_are_these_for_ever() -> None:
     assert draw_subset(IDS, 2, seed=0) == EXPECTED_FIRST
     assert draw_subset(IDS, 2, seed=1) != EXPECTED_FIRST

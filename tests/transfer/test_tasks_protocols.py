@@ -49,6 +49,11 @@ def test_an_accepted_value_is_no_departure_but_any_other_is(task: Task) -> None:
     assert len(departures(published, nested(max_iter=30, weight_decay=5e-5), task.accepts)) == 2
 
 
+def test_a_key_that_the_config_lacks_is_a_departure() -> None:
+    published = {"SOLVER.MAX_ITER": 90, "MODEL.DENSEPOSE_ON": True}
+    assert departures(published, nested()) == ["MODEL.DENSEPOSE_ON is not set, the task's is True"]
+
+
 def test_published_values_join_task_weights_and_what_is_special_to_both(task: Task) -> None:
     general = load_init_values()["supervised"]
     values = published_values(task, "supervised")

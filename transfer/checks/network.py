@@ -4,7 +4,7 @@ from typing import Any
 
 from transfer import d2, densepose
 from transfer.mappers import build_mapper
-from transfer.optimizer import OPTIMIZERS
+from transfer.optimizer import check_optimizer
 from transfer.tasks import pairs, show
 from transfer.weights import WeightsRecord
 
@@ -129,8 +129,7 @@ def check_parts(cfg: Any) -> list[str]:
     """
     if cfg.TRANSFER.MAPPER != densepose.MAPPER:  # DensePose's project brings its own
         build_mapper(cfg)
-    if cfg.TRANSFER.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(f"TRANSFER.OPTIMIZER is {cfg.TRANSFER.OPTIMIZER}; it must be one of {', '.join(OPTIMIZERS)}")
+    check_optimizer(cfg)
     return []
 
 

@@ -1,10 +1,23 @@
-"""How a run's config stands to the published protocol that it names. Needs no Detectron2."""
+"""How a run's config stands to the published protocol that it names.
+
+tasks.yaml holds what the papers decide; all other keys are compared with the config that is shipped for the protocol.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transfer.checks.findings import WARNING
-from transfer.tasks import NOTHING, Task, departures, load_tasks, pairs, published_values
+from transfer.config import NOT_IN_DIGEST, load_config
+from transfer.tasks import (
+    NOTHING,
+    Task,
+    config_file,
+    departures,
+    load_init_values,
+    load_tasks,
+    pairs,
+    published_values,
+)
 from transfer.weights import WeightsRecord
 
 # First part of a key -> what it belongs to, for people.
@@ -28,6 +41,9 @@ def published_of(cfg: Any, weights: WeightsRecord) -> dict[str, Any]:
 def departures_of(cfg: Any, weights: WeightsRecord, unscaled: Mapping[str, Any] = NOTHING) -> list[str]:
     """Where the config is not its task's published protocol, in sentences; empty for a task of the user's own.
 
+    Compared are the values of tasks.yaml, and whatever else differs from the task's shipped config for this kind of
+    weights. No departures are NOT_IN_DIGEST, the row's label, and what the task accepts.
+
     Args:
         cfg: Resolved config.
         weights: Record of MODEL.WEIGHTS.
@@ -40,7 +56,7 @@ def departures_of(cfg: Any, weights: WeightsRecord, unscaled: Mapping[str, Any] 
     compared = cfg.clone()
     compared.defrost()
     compared.merge_from_list([word for pair in unscaled.items() for word in pair])
-    return departures(_published(task, cfg, weights), compared, task.accepts)
+    return departures({**_shipped(task, cfg), **_published(task, cfg, weights)}, compared, task.accepts)
 
 
 def check_task_is_meant(cfg: Any, weights: WeightsRecord) -> list[str]:
@@ -49,7 +65,8 @@ def check_task_is_meant(cfg: Any, weights: WeightsRecord) -> list[str]:
     Raises:
         ValueError: If so; names the other one.
     """
-    if not departures_of(cfg, weights):
+    task = load_tasks().get(cfg.TRANSFER.TASK)
+    if task is None or not departures(_published(task, cfg, weights), cfg, task.accepts):
         return []
     keys = {key for key, _ in pairs(cfg)}
     for other in load_tasks().values():
@@ -76,6 +93,13 @@ def departure_notes(task: str, sentences: Sequence[str]) -> list[str]:
         f"{WARNING}not as published in {task}, {group}: {'; '.join(members)}."
         for group, members in grouped(sentences).items()
     ]
+
+
+def _shipped(task: Task, cfg: Any) -> dict[str, Any]:
+    """Values of the task's own config file that neither tasks.yaml nor the weights decide."""
+    apart = {*NOT_IN_DIGEST, "TRANSFER.LABEL", *(key for values in load_init_values().values() for key in values)}
+    shipped = load_config(config_file(task, cfg.TRANSFER.INIT))
+    return {key: value for key, value in pairs(shipped) if key not in apart}
 
 
 def _published(task: Task, cfg: Any, weights: WeightsRecord) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The settings of a run on one screen: what --check prints and the log begins with. Needs no Detectron2."""
+"""The settings of a run on one screen: what --check prints and the log begins with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,6 +1,7 @@
 """What Detectron2's model zoo lacks. Nothing is registered on import: call `register_models`."""
 
 import difflib
+import importlib.util
 from typing import Any
 
 from transfer import d2
@@ -10,8 +11,22 @@ d2.require()
 
 from detectron2.modeling import META_ARCH_REGISTRY  # noqa: E402
 
+
+def check_scipy() -> None:
+    """Refuse Sparse R-CNN where SciPy is missing, by which it matches proposals to objects in every iteration.
+
+    Raises:
+        ValueError: If so.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError(
+            "MODEL.META_ARCHITECTURE is SparseRCNN, which matches with SciPy, and that is not installed: pip install "
+            "scipy"
+        )
+
+
 # Models that need more than any Detectron2: META_ARCHITECTURE -> a check that raises ValueError.
-REQUIREMENTS = {"FCOS": fcos.check_available}
+REQUIREMENTS = {"FCOS": fcos.check_available, "SparseRCNN": check_scipy}
 
 
 def add_model_config(cfg: Any) -> None:
@@ -30,7 +45,8 @@ def check_model_available(cfg: Any) -> None:
     """Refuse a config whose model cannot be built here, before anything is built.
 
     Raises:
-        ValueError: If MODEL.META_ARCHITECTURE is unknown, or needs another Detectron2 than the installed one.
+        ValueError: If MODEL.META_ARCHITECTURE is unknown, or needs another Detectron2 than the installed one, or a
+            package that is not installed.
     """
     register_models()
     name = cfg.MODEL.META_ARCHITECTURE
