@@ -16,6 +16,7 @@ from transfer.checks.data import check_annotations, check_classes, check_overlap
 from transfer.checks.findings import Findings
 from transfer.checks.folder import check_earlier_run
 from transfer.checks.network import (
+    check_depth,
     check_extra_norm,
     check_frozen_layers,
     check_norms,
@@ -26,6 +27,7 @@ from transfer.checks.network import (
 from transfer.checks.protocol import check_task_is_meant, departures_of, published_of
 from transfer.checks.report import describe_settings
 from transfer.checks.schedule import check_batch, check_schedule
+from transfer.checks.values import check_values
 from transfer.checks.weights import check_weights_file
 from transfer.config import load_config
 from transfer.datasets import check_datasets, register_datasets
@@ -106,6 +108,7 @@ def examine(args: argparse.Namespace) -> Prepared:
         FileNotFoundError: If there is no config file.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_values(cfg)
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
     processes = max(args.num_gpus, 1) * args.num_machines
     findings = Findings()
@@ -183,6 +186,8 @@ def _check_data(findings: Findings, cfg: Any, *, eval_only: bool, num_machines: 
     """Returns the evaluator_type of every test set."""
     train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
     names = [*train, *cfg.DATASETS.TEST]
+    if not cfg.DATASETS.TEST or not (train or eval_only):
+        findings.errors.append("DATASETS.TRAIN or DATASETS.TEST is empty; name at least one dataset in each")
     findings.take(check_datasets, names)
     # check_datasets has refused the others, and asking for their metadata would make them exist.
     known = [name for name in names if name in DatasetCatalog]
@@ -229,6 +234,7 @@ def _check_weights(findings: Findings, cfg: Any, *, has_task: bool) -> WeightsRe
 
 
 def _check_network(findings: Findings, cfg: Any, weights: WeightsRecord, processes: int) -> None:
+    findings.take(check_depth, cfg, weights)
     findings.take(check_pixel_statistics, cfg, weights)
     findings.take(check_norms, cfg, processes)
     for check in (check_frozen_layers, check_extra_norm, check_precise_bn, check_parts):

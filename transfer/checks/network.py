@@ -1,16 +1,18 @@
 """Norms, frozen layers, pixel statistics and precise BN: combinations that train, but not the network that is meant."""
 
+import difflib
 from typing import Any
 
 from transfer import d2, densepose
 from transfer.mappers import build_mapper
 from transfer.optimizer import check_optimizer
-from transfer.tasks import pairs, show
+from transfer.tasks import pairs, show, value_at
 from transfer.weights import WeightsRecord
 
 d2.require()
 
 from detectron2.layers import get_norm  # noqa: E402
+from detectron2.modeling import BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY  # noqa: E402
 
 # Norms that take over the running statistics of the weights' BN layers, or at least read them.
 BN_FAMILY = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -62,6 +64,20 @@ def check_frozen_layers(cfg: Any) -> list[str]:
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at} with random weights: what is frozen would never be trained. "
             "Append MODEL.BACKBONE.FREEZE_AT 0"
+        )
+    return []
+
+
+def check_depth(cfg: Any, weights: WeightsRecord) -> list[str]:
+    """Refuse another trunk than the ResNet-50 that every file of convert-to-d2 holds.
+
+    Raises:
+        ValueError: If so.
+    """
+    if cfg.MODEL.RESNETS.DEPTH != 50 and weights.sha256 and weights.preprocess is not None:
+        raise ValueError(
+            f"MODEL.RESNETS.DEPTH is {cfg.MODEL.RESNETS.DEPTH}, but {weights.path} holds a ResNet-50. Append "
+            "MODEL.RESNETS.DEPTH 50"
         )
     return []
 
@@ -130,7 +146,20 @@ def check_parts(cfg: Any) -> list[str]:
     if cfg.TRANSFER.MAPPER != densepose.MAPPER:  # DensePose's project brings its own
         build_mapper(cfg)
     check_optimizer(cfg)
+    for key, registry in _registries(cfg).items():
+        if value_at(cfg, key) not in registry:
+            near = difflib.get_close_matches(value_at(cfg, key), [name for name, _ in registry], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key} is {value_at(cfg, key)}, which Detectron2 does not have{hint}")
     return []
+
+
+def _registries(cfg: Any) -> dict[str, Any]:
+    registries = {"MODEL.BACKBONE.NAME": BACKBONE_REGISTRY}
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        registries["MODEL.ROI_HEADS.NAME"] = ROI_HEADS_REGISTRY
+        registries["MODEL.PROPOSAL_GENERATOR.NAME"] = PROPOSAL_GENERATOR_REGISTRY
+    return registries
 
 
 def _check_norm_exists(key: str, name: str) -> None:

@@ -25,11 +25,9 @@ def check_schedule(cfg: Any, published: Mapping[str, Any]) -> list[str]:
         Notes for the log.
 
     Raises:
-        ValueError: If MAX_ITER is not positive, or STEPS are not ascending numbers below it.
+        ValueError: If STEPS are not ascending numbers below MAX_ITER.
     """
     iterations, steps = cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)
-    if iterations < 1:
-        raise ValueError(f"SOLVER.MAX_ITER is {iterations}; give 1 or more")
     notes = []
     warm_up = cfg.SOLVER.WARMUP_ITERS
     if warm_up >= iterations:
@@ -74,7 +72,8 @@ def check_batch(cfg: Any, published: Mapping[str, Any], processes: int) -> list[
             "it does not, --auto-scale keeps the images per GPU and scales batch, lr and iterations together."
         ]
     notes = []
-    if not linear / LR_TOLERANCE <= lr <= linear * LR_TOLERANCE:
+    # AdamW's lr does not go with the batch.
+    if cfg.TRANSFER.OPTIMIZER == "sgd" and not linear / LR_TOLERANCE <= lr <= linear * LR_TOLERANCE:
         notes.append(
             f"WARNING: SOLVER.BASE_LR {lr:g} with {batch} images per step; linear scaling of the task's {task_lr:g} "
             f"with {task_batch} gives {linear:g}."
