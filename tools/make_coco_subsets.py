@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one set of lists each (default: 0 1 2)"
     )
     arguments = parser.parse_args(argv)
+    if min(arguments.seeds) < 0:
+        parser.error(f"--seeds {min(arguments.seeds)}: a run's SEED is 0 or more")
     try:
         from transfer.subsets import read_list, write_lists  # after parsing, so that --help needs no Detectron2
 

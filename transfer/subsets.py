@@ -76,9 +76,16 @@ def write_lists(root: Path, seeds: Sequence[int]) -> list[Path]:
 
 
 def read_list(path: Path) -> list[int]:
-    """The ids of a list, in its order; lines that begin with # are comments."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [int(line) for line in lines if line.strip() and not line.startswith("#")]
+    """The ids of a list, in its order; lines that begin with # are comments.
+
+    Raises:
+        DatasetError: If a line is not an id; names it.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = [line for line in lines if line and not line.startswith("#")]
+    if wrong := [line for line in ids if not line.isdecimal()]:
+        raise DatasetError(f"{path} holds {wrong[0]!r}, which is no image id; remove the file and run: {TOOL} ROOT")
+    return [int(line) for line in ids]
 
 
 def register_subsets(root: Path, seed: int) -> None:

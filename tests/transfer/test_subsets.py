@@ -129,6 +129,14 @@ def test_a_list_of_other_annotations_is_neither_replaced_nor_trained_on(root: Pa
         DatasetCatalog.get("coco_2017_train_1pct")
 
 
+def test_a_line_that_is_no_id_is_named_with_its_file(root: Path) -> None:
+    write_lists(root, [0])
+    path = list_file(root, 1, 0)
+    path.write_text("# a comment\n7\nabc\n")
+    with pytest.raises(DatasetError, match=r"train2017_1pct_seed0\.txt holds 'abc'"):
+        read_list(path)
+
+
 def test_drawing_again_changes_nothing(root: Path) -> None:
     before = {path: path.read_bytes() for path in write_lists(root, [0, 1, 2])}
     assert len(before) == 3 * len(NAMES)
