@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -47,7 +48,17 @@ def commands_of(markdown: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def made_small(words: list[str]) -> list[str]:
+def small_suite(path: Path, target: Path) -> Path:
+    """A copy of a suite file whose jobs take a few steps."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for task in content["tasks"]:
+        task["config"] = str(path.parent / task["config"])
+    content["overrides"] = [word for pair in SMALL_TRANSFER.items() for word in pair]
+    target.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return target
+
+
+def made_small(words: list[str], workspace: Path) -> list[str]:
     """The same command on the CPU, with a few images and steps."""
     program, arguments = words[0], list(words[1:])
     if "--num-gpus" in arguments:
@@ -60,6 +71,7 @@ def made_small(words: list[str]) -> list[str]:
         small = SMALL_TRANSFER
     elif program == "detco-suite" and arguments[0] == "run":
         arguments += ["--only", "*retinanet*__detco__seed0"]
+        arguments[1] = str(small_suite(workspace / arguments[1], workspace / "small_suite.yaml"))
     return [program, *arguments, *(word for pair in small.items() for word in pair)]
 
 
@@ -81,7 +93,7 @@ def run_documented() -> Callable[[Path, Path, Mapping[str, str]], list[str]]:
             if words[0] in ("export", "make", "source", "git") or "=" in words[0]:
                 continue
             words = [VARIABLE.sub(lambda match: variables[match[1]], word) for word in words]
-            command = made_small(words)
+            command = made_small(words, workspace)
             done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
             outputs.append(done.stdout)
