@@ -10,7 +10,7 @@ PACKAGES := detco pretrain transfer
 
 help:
 	@echo "make quickstart  images -> DetCo and MoCo v2 -> Detectron2 -> a results table, on demo data (12 min on 2 cores)"
-	@echo "make test        all tests (15 min on 2 cores)"
+	@echo "make test        all tests (20 min on 2 cores)"
 	@echo "make setup       only the environment in $(VENV); the others call it when needed"
 	@echo "make check       formatting, lint, types, import rules"
 	@echo "make format      format and repair what can be repaired"

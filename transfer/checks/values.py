@@ -33,8 +33,8 @@ def check_values(cfg: Any) -> None:
         for key, least in LEAST.items()
         if value_at(cfg, key) < least
     ]
-    if cfg.SOLVER.BASE_LR <= 0:
-        wrong.append(f"SOLVER.BASE_LR is {show(cfg.SOLVER.BASE_LR)}; give more than 0")
+    if cfg.SOLVER.BASE_LR < 0:
+        wrong.append(f"SOLVER.BASE_LR is {show(cfg.SOLVER.BASE_LR)}; give 0 or more")
     if not 0 <= cfg.SOLVER.MOMENTUM < 1:
         wrong.append(f"SOLVER.MOMENTUM is {show(cfg.SOLVER.MOMENTUM)}; give 0 or more, below 1")
     wrong += [
