@@ -49,7 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what to show")
+    _add_what(parser.add_argument_group("what to show"))
+    how = parser.add_argument_group("how to write it")
+    how.add_argument(
+        "--format", choices=sorted(FORMATS), help="output format (default: by the suffix of FILE, text on the console)"
+    )
+    how.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help=f"characters per line of text, at least {text.NARROWEST} (default: those of the terminal, else {WIDTH})",
+    )
+    how.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file (default: standard output)")
+    return parser
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "runs",
         nargs="*",
@@ -92,18 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--list-tables", action="store_true", help="print the ids of the papers' tables with their tasks, and stop"
     )
-    how = parser.add_argument_group("how to write it")
-    how.add_argument(
-        "--format", choices=sorted(FORMATS), help="output format (default: by the suffix of FILE, text on the console)"
-    )
-    how.add_argument(
-        "--width",
-        type=int,
-        metavar="N",
-        help=f"characters per line of text, at least {text.NARROWEST} (default: those of the terminal, else {WIDTH})",
-    )
-    how.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to this file (default: standard output)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

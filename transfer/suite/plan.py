@@ -173,13 +173,7 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
     Raises:
         SuiteError: If a file or config is missing, or no job is left.
     """
-    chosen = [entry for entry in enumerate(_combinations(suite)) if _matches(_job_id(*entry[1]), only)]
-    if not chosen:
-        raise SuiteError(
-            f"no job of {suite.name} fits --only {' '.join(only)}; ids are TASK__WEIGHTS__seedN, * stands for anything"
-            if only
-            else f"{suite.name} has no weights; name a checkpoint with --weights NAME=FILE"
-        )
+    chosen = _choose(suite, only)
     rows = list(dict.fromkeys(row for _, (_, row, _) in chosen))
     if lacking := [row.name for row in rows if row.init in NEEDS_FILE and not row.file]:
         raise SuiteError(
@@ -197,16 +191,9 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
         config = _config(task, protocol, row)
         words = ["--config-file", str(config), "--resume", "--num-gpus", str(num_gpus)]
         words += ["--auto-scale"] * auto_scale
-        words += [
-            "--datasets-root",
-            str(Path(suite.datasets_root).expanduser().resolve()),
-            "--output-dir",
-            str(folder / "run"),
-        ]
+        words += ["--datasets-root", str(Path(suite.datasets_root).expanduser().resolve())]
+        words += ["--output-dir", str(folder / "run")]
         words += [*task.overrides, *_weights_words(row), "SEED", str(seed)]
-        iterations = _iterations(task, protocol)
-        if iterations and auto_scale and num_gpus:
-            iterations = iterations * PUBLISHED_GPUS // num_gpus
         jobs.append(
             Job(
                 id=name,
@@ -218,11 +205,27 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
                 seed=seed,
                 command=(*TRAIN, *words),
                 num_gpus=num_gpus,
-                iterations=iterations,
+                iterations=_iterations(task, protocol, scaled_to=num_gpus if auto_scale else 0),
                 folder=folder,
             )
         )
     return jobs
+
+
+def _choose(suite: Suite, only: Sequence[str]) -> list[tuple[int, tuple[SuiteTask, Weights, int]]]:
+    """The combinations that fit a pattern, each with its position in the suite.
+
+    Raises:
+        SuiteError: If there is none.
+    """
+    chosen = [entry for entry in enumerate(_combinations(suite)) if _matches(_job_id(*entry[1]), only)]
+    if not chosen and only:
+        raise SuiteError(
+            f"no job of {suite.name} fits --only {' '.join(only)}; ids are TASK__WEIGHTS__seedN, * stands for anything"
+        )
+    if not chosen:
+        raise SuiteError(f"{suite.name} has no weights; name a checkpoint with --weights NAME=FILE")
+    return chosen
 
 
 def job_ids(suite: Suite) -> list[str]:
@@ -274,13 +277,15 @@ def _config(task: SuiteTask, protocol: Task | None, row: Weights) -> Path:
         return config_file(protocol, inits[1])
 
 
-def _iterations(task: SuiteTask, protocol: Task | None) -> int | None:
+def _iterations(task: SuiteTask, protocol: Task | None, *, scaled_to: int) -> int | None:
+    """Iterations of a run, by the linear rule for `scaled_to` GPUs (0: as they are); None if only its config knows."""
     given = dict(zip(task.overrides[0::2], task.overrides[1::2], strict=True))
     known = given.get("SOLVER.MAX_ITER") or (protocol.values.get("SOLVER.MAX_ITER") if protocol else None)
     try:
-        return int(known) if known else None
+        iterations = int(known) if known else None
     except ValueError as error:
         raise SuiteError(f"task {task.name}: SOLVER.MAX_ITER is {known!r}, expected a number of iterations") from error
+    return iterations * PUBLISHED_GPUS // scaled_to if iterations and scaled_to else iterations
 
 
 def _weights_file(row: Weights) -> list[Path]:
