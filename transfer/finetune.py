@@ -74,6 +74,7 @@ def build_record(prepared: Prepared, scalars: Mapping[str, float], hours: float)
         recipe=task.recipe if task else "",
         label=label_of(cfg.TRANSFER.LABEL, cfg.TRANSFER.INIT, prepared.weights),
         weights=prepared.weights,
+        transferred=prepared.transferred,
         metrics=with_heads(metrics, *heads),
         departures=prepared.departures,
         schedule=Schedule(

@@ -36,17 +36,18 @@ class NameTable:
     dropped: Mapping[str, str]
 
 
-_INDEX = r"(0|[1-9][0-9]*)"
+INDEX = r"(0|[1-9][0-9]*)"
+"""A block's number, as one group; no leading zeros."""
 _NORM = r"(weight|bias|running_mean|running_var)"
 
 
 def _stage(ours: str, theirs: str) -> dict[str, str]:
     """Rules of one stage: its blocks' three convolutions and the projection of the block's input."""
     return {
-        rf"{ours}\.{_INDEX}\.conv([123])\.weight": rf"{theirs}.\1.conv\2.weight",
-        rf"{ours}\.{_INDEX}\.bn([123])\.{_NORM}": rf"{theirs}.\1.conv\2.norm.\3",
-        rf"{ours}\.{_INDEX}\.downsample\.0\.weight": rf"{theirs}.\1.shortcut.weight",
-        rf"{ours}\.{_INDEX}\.downsample\.1\.{_NORM}": rf"{theirs}.\1.shortcut.norm.\2",
+        rf"{ours}\.{INDEX}\.conv([123])\.weight": rf"{theirs}.\1.conv\2.weight",
+        rf"{ours}\.{INDEX}\.bn([123])\.{_NORM}": rf"{theirs}.\1.conv\2.norm.\3",
+        rf"{ours}\.{INDEX}\.downsample\.0\.weight": rf"{theirs}.\1.shortcut.weight",
+        rf"{ours}\.{INDEX}\.downsample\.1\.{_NORM}": rf"{theirs}.\1.shortcut.norm.\2",
     }
 
 
@@ -61,8 +62,8 @@ TABLES: Mapping[str, NameTable] = {
             **_stage("layer4", "res5"),
         },
         dropped={
-            rf"(layer[1-4]\.{_INDEX}\.)?bn[123]\.num_batches_tracked": COUNTER,
-            rf"layer[1-4]\.{_INDEX}\.downsample\.1\.num_batches_tracked": COUNTER,
+            rf"(layer[1-4]\.{INDEX}\.)?bn[123]\.num_batches_tracked": COUNTER,
+            rf"layer[1-4]\.{INDEX}\.downsample\.1\.num_batches_tracked": COUNTER,
             # One layer (torchvision, MoCo v1) or an MLP's (MoCo v2), with norms in MoCo v3 and SimSiam.
             r"fc\.(weight|bias)": HEAD,
             rf"fc\.[0-9]+\.({_NORM}|num_batches_tracked)": HEAD,

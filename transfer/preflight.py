@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from detco.artifact import Preprocess
+from transfer.checks.pretrained_parts import is_part, lost_parts
 from transfer.tasks import is_same, show
 from transfer.weights import WeightsRecord
 
@@ -142,7 +143,7 @@ def backbone_tensors(model_names: Collection[str]) -> list[str]:
 
 
 def check_backbone_loaded(model_names: Collection[str], missing: Collection[str], record: WeightsRecord) -> str:
-    """Refuse to train if the weights file did not fill the whole backbone.
+    """Refuse to train if the weights file did not fill the whole backbone, or a part that it has as well.
 
     Args:
         model_names: Names in the model's state dict.
@@ -153,7 +154,7 @@ def check_backbone_loaded(model_names: Collection[str], missing: Collection[str]
         A note for the log with the count.
 
     Raises:
-        WeightsDoNotFit: If a backbone tensor was not found.
+        WeightsDoNotFit: If a backbone tensor was not found, or one of FPN or box head has another shape in the file.
     """
     expected = backbone_tensors(model_names)
     lost = sorted(set(expected) & set(missing))
@@ -166,8 +167,19 @@ def check_backbone_loaded(model_names: Collection[str], missing: Collection[str]
             f"{', '.join(lost[:3])}); they would be trained from random values. Make a file that fits with: "
             "convert-to-d2 IN OUT.pkl"
         )
+    if misshapen := lost_parts(missing, record):
+        raise WeightsDoNotFit(
+            f"{len(misshapen)} tensors of the detector have another shape in {record.path} (first: "
+            f"{', '.join(misshapen[:3])}); they would be trained from random values. Set FPN and box head as they were "
+            "pretrained, or leave them out: convert-to-d2 IN OUT.pkl --only backbone"
+        )
+    parts = sum(is_part(name) for name in set(model_names) - set(missing))
+    beside = f", and {parts} of FPN and box head" if parts else ""
     others = len(set(missing) - set(expected))
-    return f"Backbone: all {len(expected)} tensors found in {record.path}; {others} others (heads) start from random."
+    return (
+        f"Backbone: all {len(expected)} tensors found in {record.path}{beside}; {others} others (heads) start from "
+        "random."
+    )
 
 
 def _agree(left: Any, right: Any) -> bool:

@@ -59,6 +59,7 @@ class RunRecord:
         recipe: The task's recipe; "" if the config names no task.
         label: Name of the row.
         weights: What training started from.
+        transferred: Parts of the detector that did: "backbone", "fpn", "box_head"; empty for random initialisation.
         metrics: Per cent by the names of the published numbers ("box_AP50"); None where it is not a number.
         departures: Where the config is not the published protocol, in sentences.
         schedule: See there.
@@ -75,6 +76,7 @@ class RunRecord:
     recipe: str
     label: str
     weights: WeightsRecord
+    transferred: Sequence[str]
     metrics: Mapping[str, float | None]
     departures: Sequence[str]
     schedule: Schedule
@@ -91,7 +93,7 @@ def write_results(folder: Path, record: RunRecord) -> Path:
     contents = {
         "schema": SCHEMA,
         **{name: getattr(record, name) for name in ("task", "based_on", "recipe", "label")},
-        "weights": _weights(record.weights),
+        "weights": {**_weights(record.weights), "transferred": list(record.transferred)},
         "metrics": dict(record.metrics),
         "departures": list(record.departures),
         "schedule": asdict(record.schedule),

@@ -6,7 +6,6 @@ arrays and for a few classes that hold settings. Any other name is refused befor
 """
 
 import codecs
-import hashlib
 import io
 import pickle
 import re
@@ -329,12 +328,3 @@ def _check_pickle(file: IO[bytes]) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

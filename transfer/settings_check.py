@@ -24,6 +24,7 @@ from transfer.checks.network import (
     check_pixel_statistics,
     check_precise_bn,
 )
+from transfer.checks.pretrained_parts import check_pretrained_parts, transferred_parts
 from transfer.checks.protocol import check_task_is_meant, departures_of, published_of
 from transfer.checks.report import describe_settings
 from transfer.checks.schedule import check_batch, check_schedule
@@ -65,6 +66,7 @@ class Prepared:
     Attributes:
         cfg: Frozen config.
         weights: Record of MODEL.WEIGHTS.
+        transferred: Parts of the detector that start from them: "backbone", "fpn", "box_head".
         num_gpus: GPUs of all machines; 0 on the CPU.
         auto_scaled: Whether --auto-scale changed the config.
         datasets: What was trained and tested on: Detectron2's names, or where the user's own data lie.
@@ -77,6 +79,7 @@ class Prepared:
 
     cfg: Any
     weights: WeightsRecord
+    transferred: tuple[str, ...]
     num_gpus: int
     auto_scaled: bool
     datasets: dict[str, list[str]]
@@ -135,6 +138,7 @@ def examine(args: argparse.Namespace) -> Prepared:
     return Prepared(
         cfg=cfg,
         weights=weights,
+        transferred=transferred_parts(cfg, weights),
         num_gpus=0 if cfg.MODEL.DEVICE == "cpu" else processes,
         auto_scaled=batch_before != cfg.SOLVER.IMS_PER_BATCH,
         datasets={
@@ -230,6 +234,7 @@ def _check_weights(findings: Findings, cfg: Any, *, has_task: bool) -> WeightsRe
         return WeightsRecord(cfg.MODEL.WEIGHTS, None, None, {})
     findings.take(check_preprocess, cfg, weights)
     findings.take(check_weights_file, cfg, has_task=has_task)
+    findings.take(check_pretrained_parts, cfg, weights)
     return weights
 
 

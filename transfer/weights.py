@@ -1,12 +1,13 @@
 """What a value of MODEL.WEIGHTS says about itself: digest, preprocessing, provenance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from detco.artifact import IMAGENET_RGB, Preprocess
-from transfer.safe_read import Inert, load_pickle, load_torch, sha256_of
+from transfer.digest import sha256_of
+from transfer.safe_read import Inert, load_pickle, load_torch
 
 # Detectron2's model zoo files carry no record. MSRA's were trained by Caffe on BGR pixels, with the std folded into the
 # first convolution and the stride in the first 1x1 (detectron2/model_zoo, MODEL_ZOO.md, "ImageNet Pretrained Models").
@@ -27,12 +28,14 @@ class WeightsRecord:
         sha256: Digest of the file; None where there is no local file.
         preprocess: What its network's input must look like; None if nothing is known.
         provenance: The run that made it, with `source`, the file it was converted from; empty if nothing is known.
+        names: Of the tensors in a local file.
     """
 
     path: str
     sha256: str | None
     preprocess: Preprocess | None
     provenance: dict[str, Any]
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 def read_record(path: str) -> WeightsRecord:
@@ -79,4 +82,5 @@ def read_record(path: str) -> WeightsRecord:
         sha256=sha256_of(file),
         preprocess=Preprocess.from_dict(content["preprocess"]) if "preprocess" in content else None,
         provenance=dict(provenance),
+        names=tuple(map(str, content.get("model", content))),
     )

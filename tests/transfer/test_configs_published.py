@@ -41,6 +41,7 @@ SOCO_TASKS = {
     *(f"coco_maskrcnn_fpn_{schedule}/4conv1fc" for schedule in ("1x", "2x", "4x")),
     *(f"minicoco_maskrcnn_fpn_{percent}pct{end}" for percent in (5, 10) for end in ("", "_1x")),
     *("coco50_maskrcnn_fpn_1x", "lvis1_maskrcnn_fpn_1x", "lvis1_maskrcnn_fpn_2x"),
+    *("coco_retinanet_1x", "coco_fcos_1x"),
 }
 needs_densepose = pytest.mark.skipif(not densepose.is_installed(), reason="needs the DensePose project of Detectron2")
 

@@ -18,6 +18,7 @@ def record(**changes: object) -> RunRecord:
         "recipe": "c4_extra_norm",
         "label": "detco 200ep",
         "weights": WEIGHTS,
+        "transferred": ("backbone", "fpn"),
         "metrics": {"box_AP": 57.4, "box_AP75": None},
         "departures": ["SOLVER.MAX_ITER is 30, the task's is 24000"],
         "schedule": Schedule(30, 4, 0.01, 0, False, 1e-4),
@@ -45,6 +46,7 @@ def test_results_file_holds_every_agreed_key(tmp_path: Path) -> None:
         "sha256": "ab" * 32,
         "provenance": {"method": "detco", "epochs": 200},
         "preprocess": IMAGENET_RGB.as_dict(),
+        "transferred": ["backbone", "fpn"],
     }
     assert found["metrics"] == {"box_AP": 57.4, "box_AP75": None}
     assert found["schedule"] == {

@@ -26,7 +26,9 @@ from transfer.checks.weights import backbone_names, missing_names, resnet50_name
 from transfer.config import load_config
 from transfer.datasets import register_datasets
 from transfer.modeling import check_model_available
+from transfer.naming import account_for
 from transfer.settings_check import Prepared, SettingsError, examine, prepare
+from transfer.sources.parts import box_head_shapes, fpn_shapes
 from transfer.subsets import register_subsets
 from transfer.tasks import load_tasks
 
@@ -67,6 +69,16 @@ def file_content(preprocess: Preprocess = IMAGENET_RGB, **changed: Any) -> dict[
     return {key: value for key, value in {**content, **changed}.items() if value is not None}
 
 
+FPN = {f"fpn/{name}" for name in fpn_shapes(range(4), range(4), has_norm=True)}
+FPN_WITHOUT_NORM = {f"fpn/{name}" for name in fpn_shapes(range(4), range(4), has_norm=False)}
+HEAD = {f"box_head/{name}" for name in box_head_shapes()}
+
+
+def pretrained(names: set[str]) -> dict[str, np.ndarray]:
+    """Parts beside the backbone, under the names that they are converted to."""
+    return {name: np.zeros(1, np.float32) for name in account_for(names).converted.values()}
+
+
 DETECTOR = {
     "roi_heads.box_predictor.cls_score.weight": np.zeros(1),
     "proposal_generator.rpn_head.conv.weight": np.zeros(1),
@@ -81,9 +93,9 @@ FILES = {
     "without_author": file_content(__author__=None),
     "without_heuristics": file_content(matching_heuristics=None),
     "full_names": file_content(matching_heuristics=None, model=tensors(lambda name: f"backbone.bottom_up.{name}")),
-    "with_soco_heads": file_content(
-        model=tensors() | {"box_head.conv1.weight": np.zeros(1), "fpn_lateral2.weight": np.zeros(1)}
-    ),
+    "with_fpn_and_head": file_content(model=tensors() | pretrained(FPN | HEAD)),
+    "with_fpn": file_content(model=tensors() | pretrained(FPN)),
+    "with_fpn_without_norm": file_content(model=tensors() | pretrained(FPN_WITHOUT_NORM)),
     "detector": file_content(model=tensors(lambda name: f"backbone.bottom_up.{name}") | DETECTOR),
     "one_lost": file_content(model={name: value for name, value in tensors().items() if name != "res4.3.conv2.weight"}),
 }
@@ -230,8 +242,8 @@ def test_every_task_was_looked_at() -> None:
 
 
 def test_names_that_detectron2_finds_are_let_through(root: Path, files: dict[str, str]) -> None:
-    for weights in ("full_names", "with_soco_heads"):
-        prepared = examined(file_of(MASK_FPN), root, "--num-gpus", "8", **{"MODEL.WEIGHTS": files[weights]})
+    for weights, config in (("full_names", MASK_FPN), ("with_fpn", MASK_FPN), ("with_fpn_and_head", LVIS)):
+        prepared = examined(file_of(config), root, "--num-gpus", "8", **{"MODEL.WEIGHTS": files[weights]})
         assert prepared.errors == []
     asked = files["without_heuristics"] + "?matching_heuristics=True"
     assert examined(file_of(MASK_FPN), root, "--num-gpus", "8", **{"MODEL.WEIGHTS": asked}).errors == []

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from transfer.digest import sha256_of
 from transfer.results.runs import RunError, read_run
 from transfer.run_record import RunRecord, Schedule, write_results
-from transfer.suite.inputs import digest_of
 from transfer.suite.jobs import (
     BUSY,
     RESULT_KEYS,
@@ -190,7 +190,7 @@ def test_what_a_run_writes_is_whole_even_with_nothing_measured_and_on_the_disk_b
     job = make_job("")
     job.run_folder.mkdir()
     weights, schedule = WeightsRecord("", None, {}, None), Schedule(1, 1, 0.1, 0, False, 0.0)
-    record = RunRecord("t", "", "", "a", weights, {"box_AP": None}, [], schedule, {}, {}, "d", 0, 1.0, "0.5")
+    record = RunRecord("t", "", "", "a", weights, (), {"box_AP": None}, [], schedule, {}, {}, "d", 0, 1.0, "0.5")
     synced: list[tuple[int, bool]] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, is_finished(job))))
     path = write_results(job.run_folder, record)
@@ -205,7 +205,7 @@ def test_a_job_is_not_trained_with_another_file_than_it_was_registered_with(
 ) -> None:
     weights = tmp_path / "weights.pkl"
     weights.write_text("old")
-    job = replace(make_job(SUCCEED), inputs={str(weights): digest_of(weights)})
+    job = replace(make_job(SUCCEED), inputs={str(weights): sha256_of(weights)})
     write_job(job)
     weights.unlink() if is_gone else weights.write_text("new")
     assert worker(job).wait() == 1

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detco.artifact import FORMAT, IMAGENET_RGB, Preprocess, read_artifact
-from transfer.safe_read import UnsafeFileError, load_file, sha256_of
+from transfer.digest import sha256_of
+from transfer.safe_read import UnsafeFileError, load_file
 from transfer.sources.inputs import input_warnings
 from transfer.sources.layouts import load_known
 from transfer.sources.nesting import tensors_in
@@ -70,13 +71,12 @@ def read_source(path: Path, name: str | None = None) -> Source:
         name: The known project that it is of, as `--source` names them; None to recognise it.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is nothing of that name.
         ArtifactError: If it is an artifact of ours, but not a complete one.
         UnsafeFileError: If it is damaged, or needs more than tensors, arrays and plain containers.
-        SourceError: If there is not exactly one ResNet-50 to take.
+        SourceError: If it is a folder, empty or a web page, or there is not exactly one ResNet-50 to take.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    _require_content(path)
     if path.suffix == ".safetensors" and _is_artifact(path):
         source = _from_artifact(path)
     else:
@@ -90,6 +90,20 @@ def read_source(path: Path, name: str | None = None) -> Source:
         raise SourceError(f"{path} is a {source.kind}, which says itself what it is; give no --source for it")
     _require_known_parts(source)
     return source
+
+
+def _require_content(path: Path) -> None:
+    """Refuse what is no file of weights at first sight: what a wrong path or a failed download leaves."""
+    if path.is_dir():
+        raise SourceError(f"{path} is a folder; give the file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path} is empty; copy or download it again")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise SourceError(f"{path} is a web page, not weights: the server answered with HTML; download it again")
 
 
 def _is_artifact(path: Path) -> bool:

@@ -1,25 +1,13 @@
 """The files that decide on a job's result, config, bases and weights: their digests say when one has changed."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from transfer.digest import sha256_of
+
 BASE = "_BASE_"
-
-
-def digest_of(path: Path) -> str:
-    """Hex sha256 of a file's content.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def config_files(config: Path) -> list[Path]:
@@ -53,4 +41,4 @@ def changed_files(inputs: Mapping[str, str]) -> list[str]:
     Args:
         inputs: Digest by path.
     """
-    return [path for path, digest in inputs.items() if not Path(path).is_file() or digest_of(Path(path)) != digest]
+    return [path for path, digest in inputs.items() if not Path(path).is_file() or sha256_of(Path(path)) != digest]

@@ -31,7 +31,8 @@ from typing import Any
 
 import yaml
 
-from transfer.suite.inputs import config_files, digest_of
+from transfer.digest import sha256_of
+from transfer.suite.inputs import config_files
 from transfer.suite.jobs import Job
 from transfer.tasks import Task, config_file, load_tasks
 
@@ -181,7 +182,7 @@ def make_jobs(suite: Suite, *, only: Sequence[str], num_gpus: int, auto_scale: b
             + " ".join(f"--weights {name}=FILE" for name in lacking)
             + " (made by convert-to-d2), or leave them out with --only"
         )
-    digest = lru_cache(maxsize=None)(digest_of)  # for this once: until the next call a file may change
+    digest = lru_cache(maxsize=None)(sha256_of)  # for this once: until the next call a file may change
     files = {row: _weights_file(row) for row in rows}
     jobs = []
     for index, (task, row, seed) in chosen:
