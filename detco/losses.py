@@ -1,11 +1,12 @@
-"""Contrastive loss: a pure function of tensors, the same on every device and in every method.
+"""Losses between embeddings: pure functions of tensors, the same on every device and in every method.
 
 Shape legend:
     N  images in this process
     D  embedding dimension
-    K  negatives
+    K  negatives, or boxes per image
 
-Source: InfoNCE as in MoCo, arXiv:1911.05722, Eq. 1.
+Source: InfoNCE as in MoCo, arXiv:1911.05722, Eq. 1; similarity of objects as in SoCo, arXiv:2106.02637, Eq. 5, and
+hologerry/SoCo@624a70d contrast/models/SoCo_FPN.py.
 """
 
 from typing import NamedTuple
@@ -50,3 +51,39 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
     with torch.no_grad():
         top1 = (positive_logit > negative_logits.amax(dim=1)).to(torch.float32).mean()
     return Contrast(loss, top1)
+
+
+def is_same_object(ids_a: Tensor, levels_a: Tensor, ids_b: Tensor, levels_b: Tensor) -> Tensor:
+    """Say which boxes of view a and view b show one object: those with one id, if both have a level.
+
+    Args:
+        ids_a: Shape (N, K). An id may repeat within a view; every repetition counts.
+        levels_a: -1 for a box without a level, shape (N, K).
+        ids_b: Shape (N, K).
+        levels_b: Shape (N, K).
+
+    Returns:
+        Bool, shape (N, K, K): entry (n, i, j) is about box i of a and box j of b.
+    """
+    same_id = ids_a.unsqueeze(2) == ids_b.unsqueeze(1)
+    return same_id & (levels_a >= 0).unsqueeze(2) & (levels_b >= 0).unsqueeze(1)
+
+
+def object_similarity(prediction: Tensor, target: Tensor, is_match: Tensor) -> Tensor:
+    """Pull matching boxes of two views together: -2 times their mean cosine. Computed in float32 even under autocast.
+
+    The mean is over an image's matches first and over the images then. An image without a match counts as 0.
+
+    Args:
+        prediction: Any length, shape (N, K, D).
+        target: Any length, shape (N, K, D).
+        is_match: From `is_same_object`, with the boxes of `prediction` first; bool, shape (N, K, K).
+
+    Returns:
+        Scalar in [-2, 2], -2 for equal directions.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        prediction, target = (F.normalize(full_precision(x), dim=2) for x in (prediction, target))
+        cosines = (prediction @ target.transpose(1, 2)).masked_fill(~is_match, 0)
+        matches = is_match.sum(dim=(1, 2))
+        return -2 * (cosines.sum(dim=(1, 2)) / matches.clamp(min=1)).mean()

@@ -1,6 +1,9 @@
 """The contract between a pretraining method and whatever trains it.
 
-One step is: `before_step` -> `forward` -> backward -> finite check -> optimiser -> `commit`.
+One step is: `before_step` -> (`forward` -> backward) -> finite check -> optimiser -> `commit`.
+
+With gradient accumulation the part in brackets runs once per micro-batch. A method sees each micro-batch alone:
+BatchNorm statistics, and what `forward` compares, never span two of them.
 """
 
 from abc import ABC, abstractmethod
@@ -43,6 +46,9 @@ class Method(nn.Module, ABC):
 
         Any batch is accepted by default.
 
+        Args:
+            images_per_process: Of one `forward`.
+
         Raises:
             ValueError: Naming the values and what to change.
         """
@@ -53,11 +59,17 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, views: Any) -> StepOutput:
-        """The paper's algorithm box for one batch of views. Writes no persistent state except BN statistics."""
+        """The paper's algorithm box for one batch of views. Writes no persistent state except BN statistics.
+
+        Called once per micro-batch, so any number of times before `commit`.
+        """
 
     @abstractmethod
     def commit(self) -> None:
-        """Write what the step produced (keys into queues). Called only after loss and gradients were finite."""
+        """Write what all `forward`s since the last `commit` produced (keys into queues), in their order.
+
+        Called once per step, and only after loss and gradients were finite.
+        """
 
     @abstractmethod
     def forward_transfer(self, views: Any) -> None:

@@ -118,7 +118,7 @@ class DetCo(Method):
         self.key = frozen_copy(self.query)
         self.queues_global = nn.ModuleDict({stage: KeyQueue(dim, queue_size) for stage in self.weights})
         self.queues_local = nn.ModuleDict({stage: KeyQueue(dim, queue_size) for stage in self.weights if local})
-        self._new_keys: Tensor | None = None
+        self._new_keys: list[Tensor] = []  # one per forward since the last commit, each (G, T, D)
 
     @classmethod
     def recipe_for(cls, *, local: bool = True, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
@@ -162,7 +162,7 @@ class DetCo(Method):
         loss = torch.stack([self.weights[stage] * term.loss for (_, stage), term in terms.items()]).sum()
 
         # The queues still hold what the loss was computed against; `commit` adds these after the backward pass.
-        self._new_keys = keys_of_all
+        self._new_keys.append(keys_of_all)
         metrics = {f"loss_{pair}/{stage}": term.loss.detach() for (pair, stage), term in terms.items()}
         metrics |= {f"top1_{pair}/{stage}": term.top1 for (pair, stage), term in terms.items()}
         return StepOutput(loss, metrics)
@@ -194,17 +194,18 @@ class DetCo(Method):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Push the keys of the last `forward`, of all processes, into the queues.
+        """Push the keys of all `forward`s since the last `commit`, of all processes, into the queues, oldest first.
 
         Raises:
             RuntimeError: If there was no `forward` since the last `commit`.
         """
-        if self._new_keys is None:
+        if not self._new_keys:
             raise RuntimeError("commit() without a forward() since the last commit(): there are no keys to push")
         queues = [*self.queues_global.values(), *self.queues_local.values()]
-        for queue, keys in zip(queues, self._new_keys.unbind(dim=1), strict=True):
-            cast(KeyQueue, queue).push(keys)
-        self._new_keys = None
+        for new_keys in self._new_keys:
+            for queue, keys in zip(queues, new_keys.unbind(dim=1), strict=True):
+                cast(KeyQueue, queue).push(keys)
+        self._new_keys = []
 
     def forward_transfer(self, views: DetCoViews | MoCoViews) -> None:
         """Run the query trunk on whole images: patches have other BatchNorm statistics."""

@@ -26,6 +26,10 @@ class Stages(NamedTuple):
 class ResNetTrunk(ResNet):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's ResNet-50, under torchvision's parameter names, without `fc`; newly initialised.
 
+    Args:
+        zero_init_residual: Whether the last BatchNorm of every block starts with weight 0, so that the block starts as
+            the identity, instead of 1.
+
     Attributes:
         channels: C of each stage.
         strides: Image pixels per feature pixel of each stage.
@@ -34,8 +38,8 @@ class ResNetTrunk(ResNet):  # type: ignore[misc]  # torchvision is untyped
     channels: ClassVar[dict[str, int]] = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
     strides: ClassVar[dict[str, int]] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
-    def __init__(self) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=1)
+    def __init__(self, zero_init_residual: bool = False) -> None:
+        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=1, zero_init_residual=zero_init_residual)
         del self.fc, self.avgpool
 
     def forward(self, images: Tensor) -> Stages:
@@ -44,9 +48,24 @@ class ResNetTrunk(ResNet):  # type: ignore[misc]  # torchvision is untyped
         Args:
             images: Normalised, shape (N, 3, H, W).
         """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        res2 = self.layer1(x)
+        res2 = self.layer1(self._stem(images))
         res3 = self.layer2(res2)
         res4 = self.layer3(res3)
         res5 = self.layer4(res4)
         return Stages(res2, res3, res4, res5)
+
+    def until_res4(self, images: Tensor) -> Tensor:
+        """Run all stages but the last, `layer4`, which a C4 detector runs on regions of interest instead.
+
+        Args:
+            images: Normalised, shape (N, 3, H, W).
+
+        Returns:
+            The output of res4, shape (N, 1024, H / 16, W / 16).
+        """
+        features: Tensor = self.layer3(self.layer2(self.layer1(self._stem(images))))
+        return features
+
+    def _stem(self, images: Tensor) -> Tensor:
+        features: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return features

@@ -1,11 +1,24 @@
 """Views: what a method sees of an image, made in two halves. Start reading at `detco.views.base`, then `moco`."""
 
-from detco.views.base import ViewRecipe
+from detco.views.base import ProposalRecipe, Proposals, ViewRecipe
 from detco.views.detco import DetCoRecipe, DetCoSample, DetCoViews, PatchSample
 from detco.views.host import decode, sample_generator
 from detco.views.moco import GlobalSample, MoCoRecipe, MoCoSample, MoCoViews
+from detco.views.object_views import BoxSet, ObjectSample, PairedSample, PairedView
+from detco.views.soco import (
+    SoCoC4Recipe,
+    SoCoC4Sample,
+    SoCoC4Views,
+    SoCoFPNRecipe,
+    SoCoFPNSample,
+    SoCoFPNViews,
+    SoCoStarRecipe,
+    SoCoStarSample,
+    SoCoStarViews,
+)
 
 __all__ = [
+    "BoxSet",
     "DetCoRecipe",
     "DetCoSample",
     "DetCoViews",
@@ -13,7 +26,21 @@ __all__ = [
     "MoCoRecipe",
     "MoCoSample",
     "MoCoViews",
+    "ObjectSample",
+    "PairedSample",
+    "PairedView",
     "PatchSample",
+    "ProposalRecipe",
+    "Proposals",
+    "SoCoC4Recipe",
+    "SoCoC4Sample",
+    "SoCoC4Views",
+    "SoCoFPNRecipe",
+    "SoCoFPNSample",
+    "SoCoFPNViews",
+    "SoCoStarRecipe",
+    "SoCoStarSample",
+    "SoCoStarViews",
     "ViewRecipe",
     "decode",
     "sample_generator",

@@ -7,13 +7,15 @@ sample can be replayed from (seed, epoch, index) alone.
 
 Shape legend:
     N     images in a batch
+    M     unique proposals of an image
     H, W  height and width of the decoded image, in pixels
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from detco.artifact import Preprocess
@@ -47,3 +49,36 @@ class ViewRecipe(ABC, Generic[SampleT, ViewsT]):
     @abstractmethod
     def render(self, batch: SampleT) -> ViewsT:
         """Device half: the normalised views of a collated batch, on the device its tensors live on."""
+
+
+class Proposals(NamedTuple):
+    """Boxes of one image in which an object may lie. M may be 0."""
+
+    boxes_image_px: NDArray[np.float32]
+    """Unique boxes (x1, y1, x2, y2), edges in pixels of the decoded image, inside it, shape (M, 4)."""
+
+    multiplicity: NDArray[np.int64]
+    """How often the generator made each of them, at least 1, shape (M,)."""
+
+    @classmethod
+    def none(cls) -> "Proposals":
+        """No proposal at all."""
+        return cls(np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64))
+
+
+class ProposalRecipe(ViewRecipe[SampleT, ViewsT]):
+    """A recipe whose views carry boxes, chosen from proposals that were made beforehand."""
+
+    @abstractmethod
+    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> SampleT:
+        """Host half: cut the crops of one image, choose its boxes and draw its parameters.
+
+        Args:
+            image: RGB, uint8, shape (3, H, W).
+            proposals: Of this very image. Without any, the whole image is the only object.
+            rng: The only source of randomness.
+        """
+
+    def draw(self, image: Tensor, rng: np.random.Generator) -> SampleT:
+        """Host half without proposals: the whole image is the only object."""
+        return self.draw_with_proposals(image, Proposals.none(), rng)

@@ -28,6 +28,8 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """The four jitter operations, in the order of torchvision's `ColorJitter` arguments."""
 
 MAX_BLUR_SIGMA = 32.0
+SOLARISE_FROM = 128
+"""Values from here on are inverted; the threshold of BYOL's recipe, and Pillow's default."""
 
 
 class PhotometricParams(NamedTuple):
@@ -187,6 +189,16 @@ def blur(images: Tensor, sigma: Tensor, *, max_sigma: float) -> Tensor:
     return apply_to_rows(
         sigma > 0, lambda chosen, sigmas: gaussian_blur(chosen, sigmas, max_sigma=max_sigma), images, sigma
     )
+
+
+def solarise(images: Tensor, is_solarised: Tensor) -> Tensor:
+    """Invert the bright values of the marked images (N, 3, H, W), as Pillow's `ImageOps.solarize`."""
+    return apply_to_rows(is_solarised, lambda chosen: invert_from(chosen, SOLARISE_FROM), images)
+
+
+def invert_from(values: Tensor, threshold: Tensor | int) -> Tensor:
+    """255 - value where a value in [0, 255] is not below the threshold."""
+    return torch.where(values < threshold, values, 255 - values)
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detco.views.photometric import blend, grey_values, mean_grey
+from detco.views.photometric import blend, grey_values, invert_from, mean_grey
 from detco.views.rows import apply_to_rows
 from detco.views.validation import check_positive_int, check_probability
 
@@ -188,7 +188,7 @@ def map_values(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
         _equalize_table(histogram),
         255 - value,
         (value >> keep) << keep,
-        torch.where(value < argument, value, 255 - value),
+        invert_from(value, argument),
         torch.where(value < SOLARIZE_ADD_BELOW, (value + argument.long()).clamp(max=255), value),
     )
     table = value.expand_as(histogram)

@@ -226,8 +226,50 @@ def test_queue_is_never_written_between_forward_and_backward():
         method.commit()
 
 
+def test_commit_pushes_the_keys_of_all_forwards_since_the_last_one_in_their_order():
+    method = make_method().eval()
+    micro_batches = [make_views(2, seed=seed) for seed in range(4)]
+    keys = [method.key(views.global_key, views.local_key) for views in micro_batches]
+    queues = [*method.queues_global.values(), *method.queues_local.values()]
+    before = [queue.keys.clone() for queue in queues]
+
+    for views in micro_batches[:3]:
+        method(views)
+    assert all(torch.equal(queue.keys, old) for queue, old in zip(queues, before, strict=True))
+    method.commit()
+    for t, queue in enumerate(queues):
+        torch.testing.assert_close(queue.keys[:, :6], torch.cat(keys[:3])[:, t].T, atol=1e-5, rtol=0)
+        assert torch.equal(queue.keys[:, 6:], before[t][:, 6:])
+
+    method(micro_batches[3])
+    method.commit()  # the first three are not pushed again
+    for t, queue in enumerate(queues):
+        assert queue.cursor.item() == 8
+        torch.testing.assert_close(queue.keys[:, 6:8], keys[3][:, t].T, atol=1e-5, rtol=0)
+
+
+def test_gradient_of_micro_batches_is_that_of_the_whole_batch_where_batchnorm_does_not_join_images():
+    gradients, queues = [], []
+    for num_micro_batches in (1, 2):
+        method = make_method(multi_level=False, local=False).double().eval()
+        views = MoCoViews(*(view.double() for view in make_views(4, local=False)))
+        for start in range(0, 4, 4 // num_micro_batches):
+            part = MoCoViews(*(view[start : start + 4 // num_micro_batches] for view in views))
+            (method(part).loss / num_micro_batches).backward()
+        method.commit()
+        gradients.append({name: parameter.grad for name, parameter in method.query.named_parameters()})
+        queues.append(method.queues_global["res5"].keys)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*queues, rtol=1e-9, atol=1e-12)
+
+
 def test_commit_without_forward_is_refused():
     method = make_method(multi_level=False, local=False)
+    with pytest.raises(RuntimeError, match=r"commit\(\) without a forward\(\)"):
+        method.commit()
+    method(make_views(2, local=False))
+    method.commit()
     with pytest.raises(RuntimeError, match=r"commit\(\) without a forward\(\)"):
         method.commit()
 

@@ -4,6 +4,7 @@ import torch
 import torchvision
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from detco.models.resnet import ResNetTrunk
 
@@ -47,3 +48,20 @@ def test_downsampling_sits_in_the_3x3_convolution():
     assert isinstance(bottleneck, nn.Module)
     assert bottleneck.conv1.stride == (1, 1)
     assert bottleneck.conv2.stride == (2, 2)
+
+
+def test_until_res4_gives_the_same_res4_and_leaves_res5_alone():
+    torch.manual_seed(0)
+    trunk, images = ResNetTrunk(), torch.randn(2, 3, 64, 64)
+    before = {name: value.clone() for name, value in trunk.layer4.state_dict().items()}
+    res4 = trunk.until_res4(images)
+    assert all(torch.equal(trunk.layer4.state_dict()[name], value) for name, value in before.items())
+    assert torch.equal(res4, trunk(images).res4)
+
+
+def test_blocks_start_as_the_identity_only_if_asked():
+    def last_weights(trunk):
+        return torch.stack([block.bn3.weight.unique() for block in trunk.modules() if isinstance(block, Bottleneck)])
+
+    assert torch.equal(last_weights(ResNetTrunk(zero_init_residual=True)), torch.zeros(16, 1))
+    assert torch.equal(last_weights(ResNetTrunk()), torch.ones(16, 1))
