@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "detco/__init__.py").read
 setup(
     name="detco",
     version=VERSION,
-    description="DetCo, MoCo v2: pretraining for detection, and its evaluation with Detectron2",
+    description="DetCo, MoCo v2, SoCo: pretraining for detection, and its evaluation with Detectron2",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -49,6 +49,9 @@ setup(
             "shapely",
             "scipy",
         ],
+        # Object proposals: tools/generate_proposals.py. OpenCV's own selective search is in the contrib wheels,
+        # of which only one may be installed at a time, so none of them is asked for here.
+        "proposals": ["scikit-image"],
         "slurm": ["submitit"],
         "dev": ["pytest", "mypy", "ruff", "pre-commit", "types-PyYAML", "submitit"],
     },

@@ -9,11 +9,18 @@ EPILOG = """\
 config keys (KEY VALUE; the config file's values are their defaults, --dry-run prints all):
   DATA.ROOT                      folder (tree) of JPEG/PNG/WebP files, or a .txt file listing their paths
   DATA.NUM_WORKERS               loader processes per training process (4)
-  METHOD.NAME                    detco or moco_v2; the other METHOD.* keys are the method's own (queue, heads, EMA)
-  VIEWS.*                        crops, colours, blur, patches: the method's views
+  DATA.PROPOSALS                 boxes of tools/generate_proposals.py, for the methods that learn from objects
+  METHOD.NAME                    detco, moco_v2, soco_c4, soco_fpn or soco_fpn_star; the other METHOD.* keys are the
+                                 method's own (queue, heads, EMA)
+  VIEWS.*                        crops, colours, blur, patches, boxes: the method's views
   SOLVER.EPOCHS                  passes over the images (200)
   SOLVER.BATCH_SIZE_TOTAL        images per step over all processes (256)
+  SOLVER.ACCUMULATE_STEPS        micro-batches that a process makes of its images of a step, for less memory (1); the
+                                 gradient is that of the whole batch, but BatchNorm sees one micro-batch
   SOLVER.BASE_LR                 lr at 256 images (0.03); scaled linearly with the batch
+  SOLVER.OPTIMIZER               sgd (default) or lars, with SOLVER.TRUST_COEFFICIENT (0.001)
+  SOLVER.WARMUP_EPOCHS           in which the lr rises from SOLVER.WARMUP_START (0.01) of its peak (0: no warm-up)
+  SOLVER.FINAL_LR                at the end of a cosine (0)
   CHECKPOINT.SAVE_EVERY_MINUTES  wall clock (10)     CHECKPOINT.KEEP_LAST  checkpoints (3)
   LOG.EVERY_STEPS                steps per report (20)     SEED  of everything random (0)
 
@@ -22,6 +29,9 @@ examples:
       DATA.ROOT /data/imagenet/train
   torchrun --nproc-per-node 2 -m pretrain --config-file configs/pretrain/quick/moco_v2_r50.yaml --num-gpus 0 \\
       --output-dir runs/quick DATA.ROOT photos SOLVER.EPOCHS 2
+  python tools/generate_proposals.py photos -o proposals
+  detco-pretrain --config-file configs/pretrain/quick/soco_fpn.yaml --num-gpus 0 --output-dir runs/soco_fpn \\
+      DATA.ROOT photos DATA.PROPOSALS proposals
 
 exit codes: 0 finished, 1 failed while running, 2 refused before any work, 143/130/138 stopped by SIGTERM/SIGINT/SIGUSR1
 after a save (--resume continues).

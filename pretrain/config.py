@@ -22,8 +22,8 @@ from detco.methods.base import Method
 from detco.views.base import ViewRecipe
 
 # Keys that change where or how comfortably a run happens, not what it computes. The images themselves are compared by
-# the digest of their list, so a moved folder can be resumed.
-NOT_IN_DIGEST = ("OUTPUT_DIR", "DATA.ROOT", "DATA.NUM_WORKERS", "CHECKPOINT.", "LOG.")
+# the digest of their list, and the proposals by that of their store, so moved ones can be resumed.
+NOT_IN_DIGEST = ("OUTPUT_DIR", "DATA.ROOT", "DATA.PROPOSALS", "DATA.NUM_WORKERS", "CHECKPOINT.", "LOG.")
 
 # One name per key: (type, default).
 Schema = dict[str, tuple[Any, Any]]
@@ -32,16 +32,25 @@ FIXED: Schema = {
     "SEED": (int, 0),  # of weights, data order, views and everything drawn in a step
     "OUTPUT_DIR": (str, ""),  # run directory; --output-dir sets it
     "DATA.ROOT": (str, ""),  # folder (tree) of images, or a .txt file listing them
+    "DATA.PROPOSALS": (str, ""),  # of tools/generate_proposals.py, for views that are drawn around objects
     "DATA.NUM_WORKERS": (int, 4),  # loader processes per training process; 0 loads in the training process
     "METHOD.NAME": (str, "detco"),  # a key of detco.methods.METHODS
     "SOLVER.BATCH_SIZE_TOTAL": (int, 256),  # images per step over all processes
+    # Micro-batches that each process makes of its images of a step, for less memory. The gradient is that of the whole
+    # batch, except that BatchNorm (also over processes) sees the images of one micro-batch.
+    "SOLVER.ACCUMULATE_STEPS": (int, 1),
     "SOLVER.BASE_LR": (float, 0.03),  # at REFERENCE_BATCH_SIZE images; lr = BASE_LR * batch / reference
     "SOLVER.REFERENCE_BATCH_SIZE": (int, 256),  # images
     "SOLVER.EPOCHS": (int, 200),
-    "SOLVER.MOMENTUM": (float, 0.9),  # of SGD; the teacher's decay is METHOD.EMA_DECAY
-    "SOLVER.WEIGHT_DECAY": (float, 1e-4),  # on all parameters, as MoCo does
+    "SOLVER.OPTIMIZER": (Literal["sgd", "lars"], "sgd"),
+    "SOLVER.MOMENTUM": (float, 0.9),  # of the optimiser; the teacher's decay is METHOD.EMA_DECAY
+    "SOLVER.WEIGHT_DECAY": (float, 1e-4),  # sgd: on all parameters, as MoCo does; lars: on those of two and more axes
+    "SOLVER.TRUST_COEFFICIENT": (float, 0.001),  # of lars: norm of an adapted gradient relative to its weight's
     "SOLVER.SCHEDULE": (Literal["cosine", "constant"], "cosine"),
     "SOLVER.SCHEDULE_UNIT": (Literal["epoch", "step"], "epoch"),  # how often the schedule moves the lr
+    "SOLVER.WARMUP_EPOCHS": (float, 0.0),  # linear, moved every step; the schedule begins after it
+    "SOLVER.WARMUP_START": (float, 0.01),  # lr at its first step, as a share of the peak
+    "SOLVER.FINAL_LR": (float, 0.0),  # at the end of a cosine; not scaled with the batch
     "SOLVER.PRECISION": (Literal["bf16", "fp32"], "bf16"),  # of the forward pass; losses are always fp32
     "SOLVER.CHANNELS_LAST": (bool, True),  # memory layout of 4-D weights
     "SOLVER.PRECISE_BN_ITERS": (int, 0),  # batches that re-estimate BN statistics before the export; 0 is off
@@ -57,13 +66,21 @@ _AT_LEAST: dict[str, float] = {
     "SOLVER.BASE_LR": 0,
     "SOLVER.REFERENCE_BATCH_SIZE": 1,
     "SOLVER.EPOCHS": 1,
+    "SOLVER.ACCUMULATE_STEPS": 1,
     "SOLVER.MOMENTUM": 0,
     "SOLVER.WEIGHT_DECAY": 0,
+    "SOLVER.TRUST_COEFFICIENT": 0,
+    "SOLVER.WARMUP_EPOCHS": 0,
+    "SOLVER.WARMUP_START": 0,
+    "SOLVER.FINAL_LR": 0,
     "SOLVER.PRECISE_BN_ITERS": 0,
     "CHECKPOINT.SAVE_EVERY_MINUTES": 0,
     "CHECKPOINT.KEEP_LAST": 1,
     "LOG.EVERY_STEPS": 1,
 }
+
+
+_AT_MOST: dict[str, float] = {"SOLVER.WARMUP_START": 1}
 
 
 class ConfigError(ValueError):
@@ -91,6 +108,9 @@ def load_config(config_file: Path | None, overrides: Sequence[str] = ()) -> CfgN
     for key, lowest in _AT_LEAST.items():
         if values[key] < lowest:
             raise ConfigError(f"{key} is {values[key]}; it must be at least {lowest}")
+    for key, highest in _AT_MOST.items():
+        if values[key] > highest:
+            raise ConfigError(f"{key} is {values[key]}; it must be at most {highest}")
     cfg = CfgNode(_nest(values))
     cfg.freeze()
     return cfg
@@ -102,8 +122,12 @@ def digest(cfg: CfgNode) -> str:
 
 
 def differences(saved: str, cfg: CfgNode) -> list[str]:
-    """Return one line per key that matters and differs between the YAML of a saved config and `cfg`."""
-    before, now = _what_matters(yaml.safe_load(saved)), _what_matters(cfg)
+    """Return one line per key that matters and differs between the YAML of a saved config and `cfg`.
+
+    A key of FIXED that is younger than the saved config had its default then: that is what defaults of new keys are.
+    """
+    fixed = _nest({key: default for key, (_, default) in FIXED.items()})
+    before, now = _what_matters(fixed) | _what_matters(yaml.safe_load(saved)), _what_matters(cfg)
     absent = "(absent)"
     return [
         f"{key}: {before.get(key, absent)} in the checkpoint, {now.get(key, absent)} now"

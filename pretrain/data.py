@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from detco.views.base import ViewRecipe
+from detco.views.base import ProposalRecipe, ViewRecipe
 from detco.views.host import decode, sample_generator
 from pretrain.bad_samples import BadSample, BadSampleLog, TooManyBadSamples
 from pretrain.images import ImageList
+from pretrain.proposals.store import ProposalsError, ProposalStore
 
 __all__ = [
+    "ENDS_THE_RUN",
     "BadSample",
     "BadSampleLog",
     "Batch",
@@ -75,6 +77,16 @@ class Batch(NamedTuple):
 
 class WorkerDied(RuntimeError):
     """A loader worker ended without an exception of its own: killed, out of memory, or crashed in a decoder."""
+
+
+ENDS_THE_RUN = (TooManyBadSamples, WorkerDied, ProposalsError)
+"""What a loader raises when the run cannot go on; the message is all the user needs."""
+
+
+class _Failure(NamedTuple):
+    """In the place of a batch that cannot be made: torch would pass a worker's error on as the text of a traceback."""
+
+    error: Exception
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
@@ -141,14 +153,19 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
 class PretrainDataset(Dataset[Item], Generic[SampleT]):
     """Reads, decodes and cuts one image per (epoch, index).
 
-    An unreadable file is replaced by the next readable one in the list (wrapping at its end), drawn with the random
-    numbers of the sample that was asked for.
+    An unreadable file is replaced by the next readable one in the list (wrapping at its end) with its own proposals,
+    drawn with the random numbers of the sample that was asked for.
     """
 
-    def __init__(self, images: ImageList, recipe: ViewRecipe[SampleT, Any], seed: int) -> None:
+    def __init__(
+        self, images: ImageList, recipe: ViewRecipe[SampleT, Any], seed: int, proposals: ProposalStore | None
+    ) -> None:
+        """Read `images` for `recipe`, with `proposals` of the same list if and only if it is a ProposalRecipe."""
+        assert isinstance(recipe, ProposalRecipe) == (proposals is not None)
         self._images = images
         self._recipe = recipe
         self._seed = seed
+        self._proposals = proposals
 
     def __len__(self) -> int:
         return len(self._images)
@@ -158,31 +175,56 @@ class PretrainDataset(Dataset[Item], Generic[SampleT]):
 
         Raises:
             TooManyBadSamples: If the next `MAX_UNREADABLE_IN_A_ROW` files cannot be read either.
+            ProposalsError: If the proposals are of another version of the image.
         """
         epoch, index = epoch_and_index
-        image, bad = self._next_readable(index)
+        image, index_read, bad = self._next_readable(index)
         rng = sample_generator(seed=self._seed, epoch=epoch, index=index)
-        return Item(self._recipe.draw(image, rng), index, bad)
+        return Item(self._draw(image, index_read, rng), index, bad)
 
-    def _next_readable(self, index: int) -> tuple[Tensor, BadSample | None]:
+    def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Item] | _Failure:
+        """The samples of a batch, as torch's loader asks for them."""
+        try:
+            return [self[pair] for pair in epochs_and_indices]
+        except ENDS_THE_RUN as error:
+            return _Failure(error)
+
+    def _draw(self, image: Tensor, index: int, rng: np.random.Generator) -> SampleT:
+        if self._proposals is None:
+            return self._recipe.draw(image, rng)
+        assert isinstance(self._recipe, ProposalRecipe)
+        height, width = image.shape[1:]
+        try:
+            proposals = self._proposals.of(index, width, height)
+        except ProposalsError as error:
+            raise ProposalsError(f"{self._images.path(index)}: {error}") from error
+        sample: SampleT = self._recipe.draw_with_proposals(image, proposals, rng)
+        return sample
+
+    def _next_readable(self, index: int) -> tuple[Tensor, int, BadSample | None]:
+        """The image of `index` or the next one that can be read, its index, and why it is not the one asked for."""
         asked = self._images.path(index)
         reason = ""
         num_tries = min(MAX_UNREADABLE_IN_A_ROW, len(self))
         for offset in range(num_tries):
-            path = self._images.path((index + offset) % len(self))
+            index_read = (index + offset) % len(self)
+            path = self._images.path(index_read)
             try:
                 image = decode(path.read_bytes())
             except (OSError, ValueError) as error:
                 reason = reason or f"{type(error).__name__}: {error}"
             else:
-                return image, BadSample(str(asked), reason, used_instead=str(path)) if offset else None
+                bad = BadSample(str(asked), reason, used_instead=str(path)) if offset else None
+                return image, index_read, bad
         raise TooManyBadSamples(
             f"{num_tries} images in a row cannot be read, the first is {asked} ({reason}); "
             f"check that {self._images.root} holds whole image files and is reachable from this machine"
         )
 
 
-def _collate(items: Sequence[Item]) -> Batch:
+def _collate(items: Sequence[Item] | _Failure) -> Batch | _Failure:
+    if isinstance(items, _Failure):
+        return items
     return Batch(
         sample=default_collate([item.sample for item in items]),
         indices=torch.tensor([item.asked_index for item in items], dtype=torch.int64),
@@ -206,11 +248,14 @@ def _end_with_the_trainer() -> None:
 
 
 class PretrainLoader(DataLoader[Batch]):
-    """A DataLoader that yields `Batch`es and says what to do when a worker dies."""
+    """A DataLoader that yields `Batch`es, or raises one of ENDS_THE_RUN as it was raised in the worker."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator around the loader's own iterator
         try:
-            yield from cast(Iterator[Batch], super().__iter__())
+            for batch in cast(Iterator[Batch | _Failure], super().__iter__()):
+                if isinstance(batch, _Failure):
+                    raise batch.error
+                yield batch
         except RuntimeError as error:
             # Exceptions raised inside a worker begin otherwise ("Caught ... in DataLoader worker process").
             if not str(error).startswith("DataLoader worker"):
@@ -226,6 +271,7 @@ def build_loader(
     images: ImageList,
     recipe: ViewRecipe[SampleT, Any],
     *,
+    proposals: ProposalStore | None = None,
     batch_size_total: int,
     rank: int,
     world_size: int,
@@ -244,6 +290,7 @@ def build_loader(
     Args:
         images: The images; their number and order define the epochs.
         recipe: Makes the samples. It is sent to the workers, so it must pickle.
+        proposals: Of `images`, for a ProposalRecipe and for no other.
         batch_size_total: Images per step over all processes.
         rank: Of this process, in [0, world_size).
         world_size: Number of processes.
@@ -266,8 +313,9 @@ def build_loader(
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED_MODULES)
         forkserver.ensure_running()  # its imports take seconds; meanwhile the caller builds the model
+    dataset = PretrainDataset(images, recipe, seed, proposals)
     return PretrainLoader(
-        cast(Dataset[Batch], PretrainDataset(images, recipe, seed)),  # DataLoader has no type for what collate returns
+        cast(Dataset[Batch], dataset),  # DataLoader has no type for what collate returns
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,

@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 
 from detco.artifact import open_atomically
 from detco.methods.base import Method
-from detco.views.base import ViewRecipe
+from detco.views.base import ProposalRecipe, ViewRecipe
 from pretrain import config
 from pretrain.checkpoint import CheckpointError, CheckpointFolder, load_model, own_buffers, read
 from pretrain.data import BadSampleLog, BatchSampler, build_loader
@@ -20,7 +20,8 @@ from pretrain.images import ImageList, list_images
 from pretrain.launch import DONE, RefusalError, StopRequest, World, agree, from_first, gather
 from pretrain.manifest import git_commit, hardware, versions, write_manifest
 from pretrain.metrics import Reporter
-from pretrain.optim import build_sgd, lr_schedule, scaled_lr
+from pretrain.optim import build_optimizer, lr_schedule, scaled_lr
+from pretrain.proposals.store import ProposalStore
 from pretrain.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class _Run:
     method: Method
     recipe: ViewRecipe[Any, Any]
     images: ImageList
+    proposals: ProposalStore | None
+    proposals_digest: str | None  # kept here, because it costs a pass over the file
     plan: Plan
     directory: Path
 
@@ -101,40 +104,99 @@ def _refuse_differences(differences: list[str], source: Path) -> None:
 
 def _prepare(world: World, cfg: CfgNode, directory: Path) -> _Run:
     """Build everything whose building can refuse, cheapest first."""
-    solver = cfg.SOLVER
-    batch = solver.BATCH_SIZE_TOTAL
+    batch = cfg.SOLVER.BATCH_SIZE_TOTAL
 
     def build() -> tuple[ViewRecipe[Any, Any], Method]:
-        if batch % world.size:
-            raise ValueError(
-                f"SOLVER.BATCH_SIZE_TOTAL {batch} does not divide among {world.size} processes; "
-                f"make it a multiple of {world.size}"
-            )
+        micro_batch = _micro_batch(batch, world.size, cfg.SOLVER.ACCUMULATE_STEPS)
         recipe = config.build_recipe(cfg)
         torch.manual_seed(cfg.SEED)
         method = config.build_method(cfg)
-        method.check_batch(batch // world.size)
+        method.check_batch(micro_batch)
         return recipe, method
 
     recipe, method = agree(build, world)
+    agree(lambda: _check_wants_proposals(cfg, recipe), world)
     images = agree(lambda: list_images(cfg.DATA.ROOT), world, first_alone=True)
     if len(set(gather(images.digest, world))) > 1:
         raise RefusalError(f"the processes see different images under DATA.ROOT {cfg.DATA.ROOT}; copy the same to all")
     steps_per_epoch = agree(
         lambda: BatchSampler(len(images), batch, world.rank, world.size, cfg.SEED, 0, 0).steps_per_epoch, world
     )
-    plan = Plan(
+    proposals = agree(lambda: _open_proposals(cfg, images), world)
+    proposals_digest = agree(lambda: proposals.digest if proposals else None, world)
+    if len(set(gather(proposals_digest, world))) > 1:
+        raise RefusalError(
+            f"the processes see different proposals under DATA.PROPOSALS {cfg.DATA.PROPOSALS}; copy the same to all"
+        )
+    plan = agree(lambda: _plan(cfg, steps_per_epoch), world)
+    return _Run(cfg, method, recipe, images, proposals, proposals_digest, plan, directory)
+
+
+def _micro_batch(batch_size_total: int, world_size: int, accumulate_steps: int) -> int:
+    """Images of one forward pass of one process; refuse what does not divide."""
+    pieces = world_size * accumulate_steps
+    if batch_size_total % pieces:
+        each = f" with SOLVER.ACCUMULATE_STEPS {accumulate_steps} each" if accumulate_steps > 1 else ""
+        raise ValueError(
+            f"SOLVER.BATCH_SIZE_TOTAL {batch_size_total} does not divide among {world_size} processes{each}; "
+            f"make it a multiple of {pieces}"
+        )
+    return batch_size_total // pieces
+
+
+def _check_wants_proposals(cfg: CfgNode, recipe: ViewRecipe[Any, Any]) -> None:
+    if isinstance(recipe, ProposalRecipe) and not cfg.DATA.PROPOSALS:
+        raise ValueError(
+            f"METHOD.NAME {cfg.METHOD.NAME} draws its views around objects, so it needs DATA.PROPOSALS: make them with "
+            f"`python tools/generate_proposals.py {cfg.DATA.ROOT or 'IMAGES'} -o proposals` and add "
+            f"DATA.PROPOSALS proposals"
+        )
+    if cfg.DATA.PROPOSALS and not isinstance(recipe, ProposalRecipe):
+        raise ValueError(
+            f"the views of METHOD.NAME {cfg.METHOD.NAME} have no use for DATA.PROPOSALS {cfg.DATA.PROPOSALS}; "
+            f"leave it out, or choose another method"
+        )
+
+
+def _open_proposals(cfg: CfgNode, images: ImageList) -> ProposalStore | None:
+    """Open the store, if there is to be one, and refuse one that was made of other images."""
+    if not cfg.DATA.PROPOSALS:
+        return None
+    proposals = ProposalStore.open(Path(cfg.DATA.PROPOSALS))
+    if proposals.images_digest != images.digest:
+        raise ValueError(
+            f"DATA.PROPOSALS {cfg.DATA.PROPOSALS} was made of {len(proposals):,} images, but DATA.ROOT "
+            f"{cfg.DATA.ROOT} lists {len(images):,} and not the same names: name the folder (or listing) they were "
+            f"made of, or make new ones with `python tools/generate_proposals.py {cfg.DATA.ROOT} -o NEW_FOLDER`"
+        )
+    return proposals
+
+
+def _plan(cfg: CfgNode, steps_per_epoch: int) -> Plan:
+    """Turn the SOLVER section into numbers of this run; refuse a warm-up or a final lr that does not fit."""
+    solver = cfg.SOLVER
+    lr = scaled_lr(solver.BASE_LR, solver.BATCH_SIZE_TOTAL, solver.REFERENCE_BATCH_SIZE)
+    if lr < solver.FINAL_LR:
+        raise ValueError(f"SOLVER.FINAL_LR {solver.FINAL_LR:g} is above the peak lr {lr:g}; lower it")
+    return Plan(
         seed=cfg.SEED,
         total_steps=steps_per_epoch * solver.EPOCHS,
         steps_per_epoch=steps_per_epoch,
-        batch_size_total=batch,
-        lr=scaled_lr(solver.BASE_LR, batch, solver.REFERENCE_BATCH_SIZE),
-        lr_schedule=lr_schedule(solver.SCHEDULE, solver.SCHEDULE_UNIT, solver.EPOCHS),
+        batch_size_total=solver.BATCH_SIZE_TOTAL,
+        accumulate_steps=solver.ACCUMULATE_STEPS,
+        lr=lr,
+        lr_schedule=lr_schedule(
+            solver.SCHEDULE,
+            solver.SCHEDULE_UNIT,
+            solver.EPOCHS,
+            warmup_epochs=solver.WARMUP_EPOCHS,
+            warmup_start=solver.WARMUP_START,
+            final_factor=solver.FINAL_LR / lr if lr else 0.0,
+        ),
         autocast_bf16=solver.PRECISION == "bf16",
         log_every_steps=cfg.LOG.EVERY_STEPS,
         save_every_minutes=cfg.CHECKPOINT.SAVE_EVERY_MINUTES,
     )
-    return _Run(cfg, method, recipe, images, plan, directory)
 
 
 def _announce(run: _Run, world: World, *, in_full: bool) -> None:
@@ -152,10 +214,24 @@ def _announce(run: _Run, world: World, *, in_full: bool) -> None:
         *(plan.lr, solver.BASE_LR, plan.batch_size_total, solver.REFERENCE_BATCH_SIZE),
         *(solver.SCHEDULE, solver.SCHEDULE_UNIT),
     )
+    if solver.WARMUP_EPOCHS:
+        logger.info(
+            "warm-up of SOLVER.WARMUP_EPOCHS %g, every step, from lr %g; at the end lr %g",
+            *(solver.WARMUP_EPOCHS, plan.lr * solver.WARMUP_START, solver.FINAL_LR),
+        )
+    if plan.accumulate_steps > 1:
+        micro_batch = _micro_batch(plan.batch_size_total, world.size, plan.accumulate_steps)
+        logger.info(
+            "SOLVER.ACCUMULATE_STEPS %s: each process runs its images of a step as %s micro-batches of %s. A departure "
+            "from one batch: BatchNorm sees one micro-batch (of all processes where it is synchronised)",
+            *(plan.accumulate_steps, plan.accumulate_steps, micro_batch),
+        )
+    if run.proposals_digest:
+        logger.info("proposals: %s, sha256 %s", run.cfg.DATA.PROPOSALS, run.proposals_digest)
 
 
 def _read_for(run: _Run, file: Path) -> dict[str, Any]:
-    """Read a checkpoint and refuse it if it is of another config or other images."""
+    """Read a checkpoint and refuse it if it is of another config, other images or other proposals."""
     saved = read(file)
     _refuse_differences(config.differences(saved["config"], run.cfg), file)
     dataset = saved["provenance"]["dataset"]
@@ -164,6 +240,11 @@ def _read_for(run: _Run, file: Path) -> dict[str, Any]:
             f"{file} was trained on {dataset['images']:,} images of {dataset['root']}, but DATA.ROOT "
             f"{run.cfg.DATA.ROOT} lists {len(run.images):,} and not the same names: use the same images, or another "
             f"--output-dir"
+        )
+    if dataset.get("proposals") != run.proposals_digest:  # absent in checkpoints from before there were any
+        raise CheckpointError(
+            f"{file} was trained with the proposals of sha256 {dataset.get('proposals')}, but DATA.PROPOSALS "
+            f"{run.cfg.DATA.PROPOSALS} has {run.proposals_digest}: use the same file, or another --output-dir"
         )
     return saved
 
@@ -191,7 +272,14 @@ def _train_and_export(run: _Run, world: World, saved: dict[str, Any] | None) -> 
     start_step = saved["step"] if saved else 0
     memory_format = torch.channels_last if solver.CHANNELS_LAST else torch.preserve_format
     run.method.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]  # absent from torch's stubs
-    optimizer = build_sgd(run.method, lr=plan.lr, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY)
+    optimizer = build_optimizer(
+        solver.OPTIMIZER,
+        run.method,
+        lr=plan.lr,
+        momentum=solver.MOMENTUM,
+        weight_decay=solver.WEIGHT_DECAY,
+        trust_coefficient=solver.TRUST_COEFFICIENT,
+    )
     bad_samples = BadSampleLog(run.directory / "bad_samples.jsonl", len(run.images))
     trainer = Trainer(run.method, run.recipe, optimizer, plan, world, bad_samples)
     if saved:
@@ -229,6 +317,7 @@ def _loader(run: _Run, world: World, start_step: int, total_steps: int) -> Any:
     return build_loader(
         run.images,
         run.recipe,
+        proposals=run.proposals,
         batch_size_total=run.plan.batch_size_total,
         rank=world.rank,
         world_size=world.size,
@@ -291,6 +380,7 @@ def _provenance(run: _Run, step: int) -> dict[str, Any]:
             "root": str(run.images.root),
             "images": len(run.images),
             "digest": run.images.digest,
+            "proposals": run.proposals_digest,
         },
         "versions": versions(),
     }

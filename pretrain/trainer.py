@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from detco.methods.base import Method
+from detco.methods.base import Method, StepOutput
 from detco.schedules import Schedule
 from detco.views.base import ViewRecipe
-from pretrain.data import BadSampleLog, Batch, TooManyBadSamples, WorkerDied
+from pretrain.data import ENDS_THE_RUN, BadSampleLog, Batch, TooManyBadSamples
 from pretrain.launch import RankFailedError, RunFailedError, StopRequest, World, gather
 from pretrain.metrics import Pace, Reporter, Window
 
@@ -30,6 +31,7 @@ class Plan:
         seed: With step and rank, of everything drawn in a step.
         total_steps, steps_per_epoch: Optimiser steps.
         batch_size_total: Images per step over all processes.
+        accumulate_steps: Micro-batches that each process makes of its images of a step; divides their number.
         lr: At factor 1 of `lr_schedule`.
         lr_schedule: Progress in [0, 1] to a factor.
         autocast_bf16: Whether the forward pass runs in bfloat16 where autocast allows.
@@ -41,6 +43,7 @@ class Plan:
     total_steps: int
     steps_per_epoch: int
     batch_size_total: int
+    accumulate_steps: int
     lr: float
     lr_schedule: Schedule
     autocast_bf16: bool
@@ -167,17 +170,7 @@ class Trainer:
         seed_step(self._plan.seed, step, self._world.rank)
         self.method.before_step(progress)
 
-        with torch.no_grad():
-            views = self._recipe.render(to_device(batch.sample, self._world.device))
-        with torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._plan.autocast_bf16):
-            output = self._model(views)
-        output.loss.backward()
-
-        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
-        # One transfer to the host for all numbers of the step.
-        names = ["loss", *output.metrics, "gradient_norm"]
-        tensors = [output.loss.detach(), *output.metrics.values(), get_total_norm(gradients)]
-        values = dict(zip(names, torch.stack([tensor.double() for tensor in tensors]).tolist(), strict=True))
+        values = self._accumulate_gradients(batch)
 
         health = _Health(values["loss"], values["gradient_norm"], self._count_bad_samples(batch))
         decision = self._agree(step, health, stop)
@@ -187,6 +180,34 @@ class Trainer:
         self.method.commit()
         self.window.add(values)
         return decision
+
+    def _accumulate_gradients(self, batch: Batch) -> dict[str, float]:
+        """Leave the gradient of the batch's mean loss in the parameters; return loss, metrics and gradient norm."""
+        num_parts = self._plan.accumulate_steps
+        rows = []
+        for part in range(num_parts):
+            with self._without_exchange() if part < num_parts - 1 else nullcontext():
+                sample = to_device(part_of(batch.sample, part, num_parts), self._world.device)
+                output = self._forward(sample)
+                torch.autograd.backward(output.loss / num_parts)
+            rows.append([output.loss.detach(), *output.metrics.values()])
+
+        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        # One transfer to the host for all numbers of the step.
+        means = torch.stack([torch.stack([value.double() for value in row]) for row in rows]).mean(dim=0)
+        values = torch.cat([means, get_total_norm(gradients).double().reshape(1)]).tolist()
+        return dict(zip(["loss", *output.metrics, "gradient_norm"], values, strict=True))
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        """Keep gradients to this rank: they travel once per step, with its last part."""
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    def _forward(self, sample: Any) -> StepOutput:
+        with torch.no_grad():
+            views = self._recipe.render(sample)
+        with torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._plan.autocast_bf16):
+            output: StepOutput = self._model(views)
+        return output
 
     def _lr(self, step: int) -> float:
         return self._plan.lr * self._plan.lr_schedule(step / self._plan.total_steps)
@@ -233,7 +254,7 @@ def _fetched(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; what the loader says when it gives up needs no traceback."""
     try:
         yield from batches
-    except (TooManyBadSamples, WorkerDied) as error:
+    except ENDS_THE_RUN as error:
         raise RankFailedError(str(error)) from error
 
 
@@ -247,3 +268,11 @@ def to_device(sample: Any, device: torch.device) -> Any:
     if isinstance(sample, Tensor):
         return sample.to(device, non_blocking=True)
     return type(sample)(*(to_device(item, device) for item in sample))
+
+
+def part_of(sample: Any, part: int, num_parts: int) -> Any:
+    """Return rows of all tensors of a collated (nested) NamedTuple: part `part` (from 0) of `num_parts` equal ones."""
+    if isinstance(sample, Tensor):
+        rows = len(sample) // num_parts
+        return sample[part * rows : (part + 1) * rows]
+    return type(sample)(*(part_of(item, part, num_parts) for item in sample))

@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from detco.methods import METHODS
+from detco.views.host import decode
 from pretrain.__main__ import main
+from pretrain.images import list_images
+from pretrain.proposals.columns import ImageProposals, stack
+from pretrain.proposals.folder import ProposalFolder
 
 REPOSITORY = Path(__file__).parents[2]
 TOY_SCRIPT = Path(__file__).with_name("toy_run.py")
@@ -119,6 +124,34 @@ def run_there(photo_dir: Path) -> Callable[..., Ended]:
         return Ended([process.returncode for process in processes], stdout, stderr)
 
     return run
+
+
+@pytest.fixture
+def make_proposals(tmp_path: Path) -> Callable[..., Path]:
+    """`make_proposals(images, name, grow=0)`: a store for a folder of images, made without any search.
+
+    Image i has the boxes of its left and its right half, the left one found i + 1 times. Files that cannot be read
+    have size 0. `grow` px are added to all sizes, as if the images had been replaced since.
+    """
+
+    def make(photos: Path, name: str = "proposals", *, grow: int = 0) -> Path:
+        images = list_images(photos)
+        rows = []
+        for index in range(len(images)):
+            try:
+                height, width = decode(images.path(index).read_bytes()).shape[1:]
+            except ValueError:
+                height, width = 0, 0
+            middle = max(width // 2, 1)
+            boxes = np.array([[0, 0, middle, height], [middle, 0, width, height]], dtype=np.uint16)
+            whole = boxes[boxes[:, 2] > boxes[:, 0]]
+            times = np.array([index + 1, 1], dtype=np.int32)[: len(whole)]
+            rows.append(ImageProposals(width + grow, height + grow, whole, times, stage=0))
+        folder = ProposalFolder(tmp_path / name, {"images": {"digest": images.digest, "count": len(images)}})
+        folder.claim()
+        return folder.write_store(stack(rows)).path
+
+    return make
 
 
 def _free_port() -> int:

@@ -188,7 +188,7 @@ def test_killed_worker_ends_the_run_with_advice(photo_dir: Path) -> None:
 
 
 TRAINER_THAT_IS_KILLED = """
-    import os, signal, sys
+    import multiprocessing, os, signal, sys
     from pathlib import Path
     from detco.views.moco import MoCoRecipe
     from pretrain.data import build_loader
@@ -199,7 +199,7 @@ TRAINER_THAT_IS_KILLED = """
                               world_size=1, seed=0, start_step=0, total_steps=10**6, num_workers=2)
         batches = iter(loader)
         next(batches)
-        print(*(w.pid for w in batches.gi_yieldfrom._workers), flush=True)
+        print(*(w.pid for w in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -10,10 +10,13 @@ import torch
 
 from detco.methods import METHODS
 from detco.views.detco import DetCoRecipe
+from pretrain.__main__ import EPILOG
 from pretrain.config import ConfigError, build_method, build_recipe, differences, digest, load_config, method_options
 
 CONFIGS = Path(__file__).parents[2] / "configs/pretrain"
-COMPLETE = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("quick/*_r50.yaml")])
+SOCO = ("soco_c4", "soco_fpn", "soco_fpn_star")
+QUICK = [*CONFIGS.glob("quick/*_r50.yaml"), *(CONFIGS / f"quick/{name}.yaml" for name in SOCO)]
+COMPLETE = sorted([*CONFIGS.glob("*.yaml"), *QUICK])
 
 
 def keys(**sections: Any) -> list[str]:
@@ -29,12 +32,14 @@ def test_every_config_builds_its_recipe_and_fits_its_method(file: Path) -> None:
     per_process = cfg.SOLVER.BATCH_SIZE_TOTAL if "quick" in file.parts else cfg.SOLVER.BATCH_SIZE_TOTAL // 8
     method.check_batch(per_process)
     assert type(recipe) is METHODS[cfg.METHOD.NAME].recipe_for(**method_options(cfg))
-    assert file.stem.startswith(("moco_v2_r50", "detco_r50", "detco_aa_r50", "mls_r50", "glc_r50"))
+    named = file.stem.partition("_r50")[0].removesuffix("_paper").removesuffix("_aa")
+    assert {"mls": "detco", "glc": "detco"}.get(named, named) == cfg.METHOD.NAME
 
 
 def test_the_published_configs_are_all_there() -> None:
     names = {file.stem for file in COMPLETE}
     assert {f"{m}_r50_{e}ep" for m in ("moco_v2", "detco", "detco_aa") for e in (100, 200, 800)} <= names
+    assert {f"{m}{paper}_r50_{e}ep" for m in SOCO for paper in ("", "_paper") for e in (100, 400)} <= names
     for file in CONFIGS.glob("*.yaml"):
         assert int(file.stem.split("_")[-1].removesuffix("ep")) == load_config(file).SOLVER.EPOCHS
 
@@ -72,11 +77,66 @@ def test_published_values_are_those_of_the_papers() -> None:
     assert method.STAGE_WEIGHTS == (0.1, 0.4, 0.7, 1.0)
 
 
+@pytest.mark.parametrize("file", [file for file in COMPLETE if file.stem.startswith("soco")], ids=lambda f: f.stem)
+def test_socos_optimisation_is_that_of_the_paper_and_of_its_code(file: Path) -> None:
+    cfg = load_config(file)
+    solver, method = cfg.SOLVER, cfg.METHOD
+    assert (method.DIM, method.EMA_DECAY, method.SYNC_BN) == (256, 0.99, True)
+    expected = {"OPTIMIZER": "lars", "TRUST_COEFFICIENT": 0.001, "MOMENTUM": 0.9, "WEIGHT_DECAY": 1e-5}
+    expected |= {"SCHEDULE": "cosine", "SCHEDULE_UNIT": "step", "WARMUP_START": 0.01, "FINAL_LR": 1e-6}
+    assert {key: solver[key] for key in expected} == expected
+    if file in QUICK:
+        assert solver.WARMUP_EPOCHS < 1
+        assert cfg.SOLVER.PRECISION == "fp32", "in bf16, oneDNN makes NaN gradients in 3x3 convolutions of 1x1 maps"
+        return
+    assert (solver.BASE_LR, solver.BATCH_SIZE_TOTAL, solver.REFERENCE_BATCH_SIZE, method.HIDDEN) == (1, 2048, 256, 4096)
+    assert (solver.WARMUP_EPOCHS, solver.ACCUMULATE_STEPS, solver.PRECISION) == (10, 1, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("soco_c4_r50_100ep", {"CROP_SCALE": (0.6, 1.0), "CUTOUT_PROB": 0.5, "BOX_JITTER_PROB": 0.0}),
+        ("soco_c4_r50_400ep", {"CROP_SCALE": (0.6, 1.0), "CUTOUT_PROB": 0.5, "BOX_JITTER_PROB": 0.0}),
+        ("soco_fpn_r50_100ep", {"CUTOUT_PROB": 0.5, "SMALL_VIEW": "crop", "SHARED_BOXES": False}),
+        ("soco_fpn_r50_400ep", {"CUTOUT_PROB": 0.0, "SMALL_VIEW": "crop", "SHARED_BOXES": False}),
+        ("soco_fpn_star_r50_400ep", {"CUTOUT_PROB": 0.0, "MEDIUM_SIZE": 192, "SHARED_BOXES": False}),
+        ("soco_c4_paper_r50_100ep", {"CROP_SCALE": (0.5, 1.0), "CUTOUT_PROB": 0.0, "BOX_JITTER_PROB": 0.5}),
+        ("soco_fpn_paper_r50_100ep", {"CUTOUT_PROB": 0.0, "SMALL_VIEW": "resize", "SHARED_BOXES": True}),
+        ("soco_fpn_star_paper_r50_400ep", {"CUTOUT_PROB": 0.0, "MEDIUM_SIZE": 192, "SHARED_BOXES": True}),
+    ],
+)
+def test_socos_views_are_those_of_the_published_weights_or_of_the_paper(name: str, values: dict[str, Any]) -> None:
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    is_paper = "paper" in name
+    values |= {"CROP_FRAME": "whole", "OUTSIDE_BOXES": "drop"} if is_paper else {"CROP_FRAME": "image"}
+    values |= {"BOX_JITTER_RULE": "centre", "BOX_JITTER_VIEWS": "all"} if is_paper else {"OUTSIDE_BOXES": "clip"}
+    values |= {"NUM_BOXES": 4, "VIEW_SIZE": 224}
+    assert {key: cfg.VIEWS[key] for key in values} == values
+    assert cfg.METHOD.get("LEVEL_ROUTING", "own") == ("own" if is_paper or "c4" in name else "all")
+    if "c4" not in name:
+        assert (cfg.VIEWS.SMALL_SIZE, cfg.VIEWS.LEVEL_MAX_SIZES) == (112, (48, 96, 192, 224))
+        assert (cfg.VIEWS.CROP_SCALE, cfg.VIEWS.BOX_JITTER_PROB) == ((0.5, 1.0), 0.5)
+
+
+def test_every_key_of_socos_method_and_views_is_written_out() -> None:
+    for name in SOCO:
+        bases = (CONFIGS / f"base/{part}.yaml" for part in ("soco_recipe", "soco_pyramid", name))
+        text = "".join(file.read_text() for file in bases)
+        cfg = load_config(CONFIGS / f"{name}_r50_100ep.yaml")
+        for key in (*cfg.METHOD, *cfg.VIEWS):
+            assert f"  {key}: " in text, f"{name}: {key}"
+
+
 def test_every_line_of_a_published_value_has_a_source() -> None:
     for file in (CONFIGS / "base").glob("*.yaml"):
         for line in file.read_text().splitlines():
             is_value = line.startswith("  ") and line.partition(":")[2].strip()
             assert not is_value or "  # " in line, f"{file.name}: {line}"
+
+
+def test_help_names_every_method() -> None:
+    assert [name for name in METHODS if name not in EPILOG] == []
 
 
 def test_method_and_view_keys_are_the_constructors_keywords() -> None:
@@ -107,7 +167,7 @@ def test_keys_of_another_method_are_unknown() -> None:
         load_config(None, keys(METHOD__NAME="moco_v2", METHOD__LOCAL=True))
     with pytest.raises(ConfigError, match=r"unknown config key VIEWS\.PATCH_SIZE"):
         load_config(None, keys(METHOD__LOCAL=False, VIEWS__PATCH_SIZE=8))
-    with pytest.raises(ConfigError, match=r"METHOD\.NAME is 'simclr'; it must be one of detco, moco_v2"):
+    with pytest.raises(ConfigError, match=r"METHOD\.NAME is 'simclr'; it must be one of detco, moco_v2, soco_c4"):
         load_config(None, keys(METHOD__NAME="simclr"))
 
 
@@ -123,6 +183,10 @@ def test_keys_of_another_method_are_unknown() -> None:
         (["METHOD.STAGE_WEIGHTS", "(1, 'a')"], r"METHOD.STAGE_WEIGHTS is \(1, 'a'\); it must be a list of a number"),
         (["VIEWS.GLOBAL_SIZE", "[64]"], r"VIEWS.GLOBAL_SIZE is \[64\]; it must be an integer"),
         (["METHOD.DIM", "None"], r"METHOD.DIM is None; it must be an integer"),
+        (["SOLVER.OPTIMIZER", "adam"], r"SOLVER.OPTIMIZER is 'adam'; it must be one of sgd, lars"),
+        (["SOLVER.ACCUMULATE_STEPS", "0"], r"SOLVER.ACCUMULATE_STEPS is 0; it must be at least 1"),
+        (["SOLVER.WARMUP_START", "1.5"], r"SOLVER.WARMUP_START is 1.5; it must be at most 1"),
+        (["SOLVER.FINAL_LR", "-1"], r"SOLVER.FINAL_LR is -1.0; it must be at least 0"),
         (["SOLVER.EPOCHS"], r"overrides are KEY VALUE pairs, but there are 1 words"),
     ],
 )
@@ -169,7 +233,7 @@ def test_the_config_is_frozen() -> None:
 def test_the_digest_sees_what_changes_weights_and_nothing_else() -> None:
     cfg = load_config(None)
     for same in (
-        keys(OUTPUT_DIR="x", DATA__ROOT="y"),
+        keys(OUTPUT_DIR="x", DATA__ROOT="y", DATA__PROPOSALS="z"),
         keys(DATA__NUM_WORKERS=0, LOG__EVERY_STEPS=1),
         keys(CHECKPOINT__KEEP_LAST=9),
     ):
@@ -185,3 +249,13 @@ def test_differences_name_the_key_and_both_values() -> None:
     assert "METHOD.LOCAL: (absent) in the checkpoint, True now" in lines
     assert not [line for line in lines if "NUM_WORKERS" in line]
     assert differences(load_config(None).dump(), load_config(None)) == []
+
+
+def test_a_saved_config_from_before_a_key_existed_had_its_default() -> None:
+    saved = load_config(None).dump()
+    for key in ("OPTIMIZER", "WARMUP_EPOCHS", "ACCUMULATE_STEPS"):
+        saved = "".join(line for line in saved.splitlines(keepends=True) if f" {key}:" not in line)
+    assert differences(saved, load_config(None)) == []
+    assert differences(saved, load_config(None, keys(SOLVER__ACCUMULATE_STEPS=2))) == [
+        "SOLVER.ACCUMULATE_STEPS: 1 in the checkpoint, 2 now"
+    ]

@@ -24,6 +24,7 @@ PLAN = Plan(
     total_steps=8,
     steps_per_epoch=4,
     batch_size_total=6,
+    accumulate_steps=1,
     lr=0.1,
     lr_schedule=lr_schedule("cosine", "epoch", 2),
     autocast_bf16=False,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detco.artifact import IMAGENET_RGB
 from detco.methods import METHODS
 from detco.methods.base import Method, StepOutput
-from detco.views.base import ViewRecipe
+from detco.views.base import ProposalRecipe, Proposals, ViewRecipe
 from pretrain.__main__ import main
 
 
@@ -38,22 +38,51 @@ class ToyRecipe(ViewRecipe[ToySample, Tensor]):
         return batch.crop.float() / 255
 
 
+class ToyBoxRecipe(ProposalRecipe[ToySample, Tensor]):
+    """The crop begins where the first box does, as far as there is room."""
+
+    preprocess = IMAGENET_RGB
+
+    def __init__(self, *, size: int = 16) -> None:
+        self.size = size
+
+    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> ToySample:
+        left, top = (int(corner) for corner in proposals.boxes_image_px[0, :2])
+        top, left = (min(start, side - self.size) for start, side in zip((top, left), image.shape[1:], strict=True))
+        return ToySample(image[:, top : top + self.size, left : left + self.size].clone())
+
+    def render(self, batch: ToySample) -> Tensor:
+        return batch.crop.float() / 255
+
+
 class Toy(Method):
     """A student predicts its moving average through noise; the queue remembers targets."""
 
     transfer_parts: ClassVar = {"backbone": "student.0"}
 
-    def __init__(self, *, width: int = 8, ema_decay: float = 0.9, queue_size: int = 12) -> None:
+    def __init__(
+        self,
+        *,
+        width: int = 8,
+        ema_decay: float = 0.9,
+        queue_size: int = 12,
+        batch_norm: bool = True,
+        dropout: float = 0.2,
+        boxes: bool = False,
+    ) -> None:
         super().__init__()
-        trunk = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU())
-        self.student = nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, 4))
+        norm = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
+        trunk = nn.Sequential(nn.Conv2d(3, width, 3, 2), norm, nn.ReLU())
+        head = nn.Linear(width, 4)
+        self.student = nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.ema_decay = ema_decay
         self.register_buffer("queue", torch.zeros(queue_size, 4))
+        self.targets: list[Tensor] = []
 
     @classmethod
-    def recipe_for(cls, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
-        return ToyRecipe
+    def recipe_for(cls, *, boxes: bool = False, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
+        return ToyBoxRecipe if boxes else ToyRecipe
 
     def check_batch(self, images_per_process: int) -> None:
         if len(self.queue) % images_per_process:
@@ -70,13 +99,14 @@ class Toy(Method):
 
     def forward(self, views: Tensor) -> StepOutput:
         with torch.no_grad():
-            self.target = self.teacher(views).float()
-        goal = 1 + 0.1 * self.target.tanh() + 0.1 * self.queue.mean(dim=0).tanh()
+            self.targets.append(self.teacher(views).float())
+        goal = 1 + 0.1 * self.targets[-1].tanh() + 0.1 * self.queue.mean(dim=0).tanh()
         error = (self.student(views).float() - goal).square().mean()
         return StepOutput(error * self.spoiler, {"loss_toy/only": error.detach()})
 
     def commit(self) -> None:
-        self.queue = torch.cat([self.target, self.queue])[: len(self.queue)]
+        self.queue = torch.cat([*self.targets, self.queue])[: len(self.queue)]
+        self.targets.clear()
 
     def forward_transfer(self, views: Tensor) -> None:
         self.student[0](views)

@@ -1,0 +1,1 @@
+"""Object proposals for methods that learn from boxes: how they are found, filtered, stored and read."""
