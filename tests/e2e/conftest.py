@@ -18,12 +18,20 @@ SMALL_PRETRAIN = {
     "SOLVER.BATCH_SIZE_TOTAL": "4",
     "SOLVER.EPOCHS": "1",
     "SOLVER.PRECISION": "fp32",
-    "METHOD.QUEUE_SIZE": "8",
-    "METHOD.BN_GROUP": "2",
-    "VIEWS.GLOBAL_SIZE": "32",
     "DATA.NUM_WORKERS": "0",
 }
-SMALL_PATCHES = {"VIEWS.LOCAL_SIZE": "96", "VIEWS.PATCH_SIZE": "32"}
+SMALL_METHODS = {
+    "/moco_v2": {"METHOD.QUEUE_SIZE": "8", "METHOD.BN_GROUP": "2", "VIEWS.GLOBAL_SIZE": "32"},
+    "/detco": {
+        **{"METHOD.QUEUE_SIZE": "8", "METHOD.BN_GROUP": "2", "VIEWS.GLOBAL_SIZE": "32"},
+        **{"VIEWS.LOCAL_SIZE": "96", "VIEWS.PATCH_SIZE": "32"},
+    },
+    "/soco_c4": {"METHOD.HIDDEN": "64", "SOLVER.WARMUP_EPOCHS": "0", "VIEWS.VIEW_SIZE": "32"},
+    "/soco_fpn": {
+        **{"METHOD.HIDDEN": "64", "SOLVER.WARMUP_EPOCHS": "0", "METHOD.LEVEL_ROUTING": "own"},
+        **{"VIEWS.VIEW_SIZE": "64", "VIEWS.SMALL_SIZE": "32"},
+    },
+}
 SMALL_TRANSFER = {
     "SOLVER.MAX_ITER": "2",
     "SOLVER.STEPS": "(1,)",
@@ -66,7 +74,8 @@ def made_small(words: list[str], workspace: Path) -> list[str]:
     arguments = [word for word in arguments if word != "--auto-scale"]
     small: Mapping[str, str] = {}
     if program == "detco-pretrain":
-        small = SMALL_PRETRAIN | (SMALL_PATCHES if any("/detco" in word for word in arguments) else {})
+        config = arguments[arguments.index("--config-file") + 1]
+        small = SMALL_PRETRAIN | next(values for name, values in SMALL_METHODS.items() if name in config)
     elif program == "detco-transfer":
         small = SMALL_TRANSFER
     elif program == "detco-suite" and arguments[0] == "run":
@@ -76,27 +85,38 @@ def made_small(words: list[str], workspace: Path) -> list[str]:
 
 
 @pytest.fixture
-def run_documented() -> Callable[[Path, Path, Mapping[str, str]], list[str]]:
-    """`run_documented(markdown, workspace, variables)` runs its commands in order and returns their outputs.
+def run_small(tmp_path: Path) -> Callable[..., str]:
+    """`run_small(*words)` runs one command, made small, in `tmp_path` beside `configs` and `tools`; its output.
 
-    `$NAME` in a command becomes `variables["NAME"]`; `NAME=value` and `export` lines are skipped. A command that fails
-    fails the test with what it printed.
+    A command that fails fails the test with what it printed.
+    """
+    for folder in ("configs", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    programs = Path(sys.executable).parent
+    environment = dict(os.environ, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="2")
+
+    def run(*words: str) -> str:
+        command = made_small(list(words), tmp_path)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def run_documented(run_small: Callable[..., str]) -> Callable[[Path, Mapping[str, str]], list[str]]:
+    """`run_documented(markdown, variables)` runs its commands in order and returns their outputs.
+
+    `$NAME` in a command becomes `variables["NAME"]`; `NAME=value` and `export` lines are skipped.
     """
 
-    def run(markdown: Path, workspace: Path, variables: Mapping[str, str]) -> list[str]:
-        for folder in ("configs", "tools"):
-            (workspace / folder).symlink_to(ROOT / folder)
-        programs = Path(sys.executable).parent
-        environment = dict(os.environ, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="2")
+    def run(markdown: Path, variables: Mapping[str, str]) -> list[str]:
         outputs = []
         for words in commands_of(markdown):
             if words[0] in ("export", "make", "source", "git") or "=" in words[0]:
                 continue
-            words = [VARIABLE.sub(lambda match: variables[match[1]], word) for word in words]
-            command = made_small(words, workspace)
-            done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-            outputs.append(done.stdout)
+            outputs.append(run_small(*(VARIABLE.sub(lambda match: variables[match[1]], word) for word in words)))
         return outputs
 
     return run

@@ -26,7 +26,7 @@ def test_every_readme_command_runs_from_images_to_a_table(
         (tmp_path / f"my/instances_{split}.json").symlink_to(annotations)
         (tmp_path / f"my/instances_{split}").symlink_to(tmp_path / f"datasets/coco/{split}2017")
 
-    outputs = run_documented(ROOT / "README.md", tmp_path, {"IMAGES": str(images)})
+    outputs = run_documented(ROOT / "README.md", {"IMAGES": str(images)})
 
     assert (tmp_path / "views.png").stat().st_size > 10_000
     assert "box AP" in outputs[-1]

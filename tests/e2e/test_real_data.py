@@ -56,14 +56,16 @@ def test_the_documented_chain_runs_on_real_photos(tmp_path: Path, run_documented
     cut_voc(data / "voc_blood_cells")
     cut_coco(data / "coco_animals")
 
-    outputs = run_documented(ROOT / "docs/real-data.md", tmp_path, {"DETCO_TEST_DATA": str(data)})
+    outputs = run_documented(ROOT / "docs/real-data.md", {"DETCO_TEST_DATA": str(data)})
 
     assert "largest difference" in "".join(outputs)
     command = [sys.executable, "-m", "transfer.results.cli", str(tmp_path / "runs/real"), "--format", "csv"]
     rows = list(csv.DictReader(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()))
-    for task in ("cells", "animals"):
-        for weights in ("random", "moco_v2", "detco"):
+    methods = dict.fromkeys(("cells", "animals"), ("random", "moco_v2", "detco"))
+    methods["animals_4conv1fc"] = ("random", "detco", "soco_fpn")
+    for task, names in methods.items():
+        for weights in names:
             results = json.loads((tmp_path / f"runs/real/{task}/{weights}/results.json").read_text())
             assert {"box_AP", "box_AP50"} <= results["metrics"].keys()
             assert results["weights"]["provenance"].get("method", "random") == weights
-    assert len(rows) >= 6
+    assert len(rows) >= 9
