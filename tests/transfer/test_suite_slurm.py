@@ -121,6 +121,7 @@ def test_without_a_time_limit_or_with_a_wrong_parameter_nothing_is_submitted(mak
         f'{{"cluster": "local", "job_id": "{os.getpid()}", "folder": "x"}}',  # of another program by now
         f'{{"cluster": "local", "job_id": "{2**22 + 1}", "folder": "x"}}',
     ],
+    ids=["empty", "a list", "no id", "another cluster", "another program", "no process"],
 )
 def test_a_record_that_leads_to_no_submission_does_not_keep_a_job_queued(make_job: MakeJob, record: str) -> None:
     job = make_job(SUCCEED)
