@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 NUM_STAGES = 4
 """Stages of `Filtered.stage`: 0 all rules, 1 without the size rule, 2 only the least side, 3 nothing was left."""
 
+SIZE_DECIMALS = 9
+"""A size ratio is rounded to this, so that one of exactly a limit, say 0.34, is not lost to a root's last bit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FilterParams:
@@ -91,8 +94,7 @@ def passing(
     """Which boxes (R, 4), edges in image pixels, pass stage 0, stage 1 and stage 2: three times (R,)."""
     box_width, box_height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     short, long = np.minimum(box_width, box_height), np.maximum(box_width, box_height)
-    # One root of the quotient, not a quotient of two roots, so that a ratio of exactly 0.3 comes out as 0.3.
-    size = np.sqrt(box_width * box_height / (width * height))
+    size = np.round(np.sqrt(box_width * box_height / (width * height)), SIZE_DECIMALS)
 
     is_large_enough = short >= params.min_side_px
     is_compact = is_large_enough & (long <= params.max_aspect * short)

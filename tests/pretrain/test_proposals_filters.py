@@ -6,7 +6,6 @@ import pytest
 from pretrain.proposals.filters import FilterParams, filter_boxes
 
 AS_RELEASED = FilterParams()
-SIZE_ONLY = FilterParams(min_side_px=1, max_aspect=1000.0)
 
 
 def kept(sides, image=(100, 100), params=AS_RELEASED):
@@ -30,14 +29,16 @@ def test_size_ratios_of_exactly_0_3_and_0_8_pass():
 
 
 def test_exact_size_ratios_pass_whatever_the_shapes():
-    # (3a) x (3b) in (10a) x (10b) is exactly 0.3, (8a) x (8b) exactly 0.8, though the square roots are not exact.
+    # (17a) x (17b) in (100a) x (100b) is exactly 0.17, and a last bit less as a root of doubles; 0.47 a bit more.
     rng = np.random.default_rng(0)
-    for a, b in rng.integers(5, 200, (200, 2)).tolist():
-        for tenths in (3, 8):
-            exact = (tenths * a, tenths * b)
-            assert kept([exact], (10 * a, 10 * b), SIZE_ONLY) == (0, [exact])
-        outside = [(3 * a - 1, 3 * b), (8 * a, 8 * b + 1)]
-        assert kept(outside, (10 * a, 10 * b), SIZE_ONLY)[0] == 1
+    for a, b in rng.integers(1, 30, (100, 2)).tolist():
+        image = (100 * a, 100 * b)
+        for low, high in ((17, 47), (30, 80)):
+            params = FilterParams(min_side_px=1, max_aspect=1000.0, min_size=low / 100, max_size=high / 100)
+            exact = [(low * a, low * b), (high * a, high * b)]
+            assert kept(exact, image, params) == (0, exact)
+            outside = [(low * a - 1, low * b), (high * a, high * b + 1)]
+            assert kept(outside, image, params)[0] == 1
 
 
 def test_the_rules_are_dropped_one_by_one_until_something_is_left():
