@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := detco pretrain transfer
+# Processes that run the tests, with one thread each; every one may need 2 GB.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format bench clean
@@ -35,7 +36,7 @@ quickstart: $(READY)
 	$(BIN)/python tools/quickstart.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -53,7 +53,7 @@ setup(
         # of which only one may be installed at a time, so none of them is asked for here.
         "proposals": ["scikit-image"],
         "slurm": ["submitit"],
-        "dev": ["pytest", "mypy", "ruff", "pre-commit", "types-PyYAML", "submitit"],
+        "dev": ["pytest", "pytest-xdist", "mypy", "ruff", "pre-commit", "types-PyYAML", "submitit"],
     },
     entry_points={
         "console_scripts": [

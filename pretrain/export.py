@@ -23,7 +23,8 @@ def export_artifact(file: Path, method: Method, preprocess: Preprocess, provenan
 def reestimate_bn(
     method: Method, recipe: ViewRecipe[Any, Any], batches: Iterable[Batch], num_batches: int, device: torch.device
 ) -> None:
-    """Replace the running BN statistics of the transferred parts by means over batches of this rank.
+    """Replace the running BN statistics of the transferred parts by means over batches: of this rank, or of all ranks
+    where a method synchronises its BatchNorm. Collective then.
 
     In training, whole images and patches alternately move the same running statistics; probes read them on whole
     images. Weights do not change.

@@ -10,7 +10,6 @@ Source: Wei et al., arXiv:2106.02637, Sec. 3.3 and 4.1, and hologerry/SoCo@624a7
 SoCo_FPN.py and SoCo_FPN_Star.py.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -22,19 +21,10 @@ from torch.nn import functional as F
 from detco.distributed import world_size
 from detco.losses import full_precision, is_same_object, object_similarity
 from detco.methods.base import Method, StepOutput
-from detco.models.box_head import CELLS
 from detco.models.ema import frozen_copy, update_ema
 from detco.models.mlp import MLP
 from detco.models.norm import to_sync_batch_norm
-from detco.models.object_encoder import (
-    C4_CELLS,
-    C4Encoder,
-    FPNEncoder,
-    LevelRouting,
-    ObjectEncoder,
-    own_level,
-    pool_boxes,
-)
+from detco.models.object_encoder import C4Encoder, FPNEncoder, LevelRouting, ObjectEncoder, own_level
 from detco.schedules import cosine
 from detco.views.base import ViewRecipe
 from detco.views.object_views import BoxSet, PairedView
@@ -67,6 +57,8 @@ class SoCo(Method):
         of the step before in both cases.
         Boxes are edges, x2 - x1 wide. The code's end one pixel short.
         The mean over an image's matches is exact; the code adds 1e-6 to their number.
+        Pairs are run one after the other, where the code runs all boxes of the whole image first, and in FPN* the
+        medium view before the small one. Only BatchNorm's running statistics can tell.
         With gradient accumulation, BatchNorm sees one micro-batch at a time and not the batch.
     """
 
@@ -164,9 +156,10 @@ class SoCo(Method):
     def commit(self) -> None:
         """Nothing to write: there are no queues."""
 
-    @abstractmethod
     def forward_transfer(self, views: SoCoViews) -> None:
         """Run the transferred parts on the whole images and boxes in them, every module once."""
+        boxes = views.crop.boxes_in_whole
+        self.online.describe(self.online.features(views.whole), boxes.boxes_view, boxes.levels)
 
     def _predict(self, features: Any, boxes: BoxSet) -> Tensor:
         """Online embeddings v = q(g(h)) of Eq. 2 and 4, (N, K, D). The predictor sees each level apart, as g does."""
@@ -186,7 +179,6 @@ class SoCoC4(SoCo):
     """
 
     transfer_parts: ClassVar[Mapping[str, str]] = {"backbone": "online.backbone"}
-    online: C4Encoder
 
     def __init__(self, *, dim: int = 256, hidden: int = 4096, ema_decay: float = 0.99, sync_bn: bool = True) -> None:
         """Build the networks; the arguments are explained in `SoCo`."""
@@ -196,11 +188,6 @@ class SoCoC4(SoCo):
     def recipe_for(cls, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
         """The whole image and a crop."""
         return SoCoC4Recipe
-
-    def forward_transfer(self, views: SoCoViews) -> None:
-        """Run the online trunk up to res4 on the whole images and res5 on boxes in them."""
-        boxes = views.crop.boxes_in_whole
-        self.online.backbone.layer4(_pool(self.online.features(views.whole), boxes, C4_CELLS))
 
 
 class SoCoFPN(SoCo):
@@ -218,7 +205,6 @@ class SoCoFPN(SoCo):
         "fpn": "online.fpn",
         "box_head": "online.box_head",
     }
-    online: FPNEncoder
 
     def __init__(
         self,
@@ -237,13 +223,6 @@ class SoCoFPN(SoCo):
     def recipe_for(cls, **method_options: Any) -> type[ViewRecipe[Any, Any]]:
         """The whole image, a crop and a small view."""
         return SoCoFPNRecipe
-
-    def forward_transfer(self, views: SoCoViews) -> None:
-        """Run the online trunk and FPN on the whole images and the box head on boxes in them, each on its own level."""
-        boxes = views.crop.boxes_in_whole
-        on_each_level = torch.stack([_pool(level, boxes, CELLS) for level in self.online.features(views.whole)])
-        per_image = on_each_level.view(len(on_each_level), *boxes.levels.shape, -1)
-        self.online.box_head(own_level(per_image, boxes.levels).view_as(on_each_level[0]))
 
 
 class SoCoFPNStar(SoCoFPN):
@@ -280,9 +259,3 @@ def spread(embeddings: Tensor) -> Tensor:
 
 def _is_match(a: BoxSet, b: BoxSet) -> Tensor:
     return is_same_object(a.ids, a.levels, b.ids, b.levels)
-
-
-def _pool(feature_map: Tensor, boxes: BoxSet, cells: int) -> Tensor:
-    """RoIAlign of the boxes of all images, (N * K, C, cells, cells)."""
-    rows = torch.arange(len(feature_map), device=feature_map.device).repeat_interleave(boxes.levels.shape[1])
-    return pool_boxes(feature_map, boxes.boxes_view.flatten(0, 1), rows, cells)

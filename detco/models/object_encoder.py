@@ -10,6 +10,7 @@ Shape legend:
     C     channels
     h, w  height and width of a feature map
     L     entries per box: 1, or the 4 levels if every box is looked at on every level
+    F     features of a described box
     D     embedding dimension
 
 Source: SoCo, arXiv:2106.02637, Sec. 3.3, and hologerry/SoCo@624a70d contrast/resnet.py and
@@ -51,13 +52,26 @@ class ObjectEncoder(nn.Module, ABC, Generic[FeaturesT]):
         """
 
     @abstractmethod
-    def project_each(self, features: FeaturesT, boxes_view: Tensor, levels: Tensor) -> Tensor:
-        """Project boxes, on every level that looks at them. For what, like a predictor, is to see each level apart.
+    def describe(self, features: FeaturesT, boxes_view: Tensor, levels: Tensor) -> Tensor:
+        """Describe boxes as a detector does, each once and on its own level: all that is transferred, but no projector.
 
         Args:
             features: From `features`.
             boxes_view: Edges (x1, y1, x2, y2) as fractions of the view, shape (N, K, 4).
             levels: Each box's own level, 0 for p2 to 3 for p5, or -1 for none; shape (N, K).
+
+        Returns:
+            Shape (R, F), image by image; finite for boxes without a level too, which the coarsest one describes.
+        """
+
+    @abstractmethod
+    def project_each(self, features: FeaturesT, boxes_view: Tensor, levels: Tensor) -> Tensor:
+        """Project boxes, on every level that looks at them. For what, like a predictor, is to see each level apart.
+
+        Args:
+            features: From `features`.
+            boxes_view: As for `describe`.
+            levels: As for `describe`.
 
         Returns:
             Not normalised, shape (L, N, K, D); finite for boxes without a level too. `own_level` chooses from it.
@@ -84,7 +98,7 @@ def own_level(entries: Tensor, levels: Tensor) -> Tensor:
     return entries.gather(0, chosen)[0]
 
 
-def pool_boxes(feature_map: Tensor, boxes_view: Tensor, image_of_box: Tensor, cells: int) -> Tensor:
+def pool_boxes(feature_map: Tensor, boxes_view: Tensor, cells: int, is_pooled: Tensor | None = None) -> Tensor:
     """RoIAlign in float32, even under autocast, with as many samples per cell as the box has feature pixels there.
 
     A box's place is its fractions times the size that the map really has. So no stride is assumed: the p5 of a view of
@@ -92,17 +106,19 @@ def pool_boxes(feature_map: Tensor, boxes_view: Tensor, image_of_box: Tensor, ce
 
     Args:
         feature_map: Shape (N, C, h, w).
-        boxes_view: Edges (x1, y1, x2, y2) as fractions of the view, shape (R, 4).
-        image_of_box: Row of `feature_map` that each box lies in, shape (R,).
+        boxes_view: Edges (x1, y1, x2, y2) as fractions of the view, shape (N, K, 4).
         cells: Side of the result.
+        is_pooled: Which boxes to pool, shape (N, K); None: all R.
 
     Returns:
-        Shape (R, C, cells, cells).
+        Image by image, shape (R or fewer, C, cells, cells).
     """
     feature_map = full_precision(feature_map)
     height, width = feature_map.shape[-2:]
-    boxes_map = boxes_view.to(feature_map.dtype) * feature_map.new_tensor([width, height, width, height])
-    rows = torch.cat([image_of_box.to(feature_map.dtype).unsqueeze(1), boxes_map], dim=1)
+    x1, y1, x2, y2 = boxes_view.to(feature_map.dtype).unbind(dim=2)
+    image = torch.arange(len(x1), dtype=x1.dtype, device=x1.device).unsqueeze(1).expand_as(x1)
+    rows = torch.stack([image, x1 * width, y1 * height, x2 * width, y2 * height], dim=2)
+    rows = rows.flatten(0, 1) if is_pooled is None else rows[is_pooled]
     # Autocast leaves it in float32: torchvision pools in no lower precision.
     pooled: Tensor = roi_align(feature_map, rows, cells, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
     return pooled
@@ -133,11 +149,14 @@ class C4Encoder(ObjectEncoder[Tensor]):
         """Run all stages up to res4: (N, 3, H, W) -> (N, 1024, h, w)."""
         return self.backbone.until_res4(images)
 
+    def describe(self, features: Tensor, boxes_view: Tensor, levels: Tensor) -> Tensor:
+        """See `ObjectEncoder`; F is 2048, and `levels` are not read."""
+        res5: Tensor = self.backbone.layer4(pool_boxes(features, boxes_view, C4_CELLS))
+        return res5.mean(dim=(2, 3))
+
     def project_each(self, features: Tensor, boxes_view: Tensor, levels: Tensor) -> Tensor:
         """See `ObjectEncoder`; L is 1, and `levels` are not read."""
-        pooled = pool_boxes(features, boxes_view.flatten(0, 1), _image_of_box(boxes_view), C4_CELLS)
-        described = self.backbone.layer4(pooled).mean(dim=(2, 3))
-        projected: Tensor = self.projector(described)
+        projected: Tensor = self.projector(self.describe(features, boxes_view, levels))
         return projected.view(1, *boxes_view.shape[:2], -1)
 
 
@@ -180,39 +199,33 @@ class FPNEncoder(ObjectEncoder[Pyramid]):
         pyramid: Pyramid = self.fpn(self.backbone(images))
         return pyramid
 
+    def describe(self, features: Pyramid, boxes_view: Tensor, levels: Tensor) -> Tensor:
+        """See `ObjectEncoder`; F is 1024. `level_routing` makes no difference."""
+        described: Tensor = self.box_head(_pool_on_own_level(features, boxes_view, levels))
+        return described
+
     def project_each(self, features: Pyramid, boxes_view: Tensor, levels: Tensor) -> Tensor:
         """See `ObjectEncoder`; L is 4 if `level_routing` is "all", else 1."""
-        boxes, image_of_box = boxes_view.flatten(0, 1), _image_of_box(boxes_view)
         if self.level_routing == "all":
-            per_call = [pool_boxes(level, boxes, image_of_box, CELLS) for level in features]
+            described = [self.box_head(pool_boxes(level, boxes_view, CELLS)) for level in features]
         else:
-            per_call = [_pool_on_own_level(features, boxes, image_of_box, levels.flatten())]
-        projected = torch.stack([self.projector(self.box_head(pooled)) for pooled in per_call])
-        return projected.view(len(per_call), *boxes_view.shape[:2], -1)
+            described = [self.describe(features, boxes_view, levels)]
+        projected = torch.stack([self.projector(boxes) for boxes in described])
+        return projected.view(len(described), *boxes_view.shape[:2], -1)
 
 
-def _pool_on_own_level(pyramid: Pyramid, boxes: Tensor, image_of_box: Tensor, levels: Tensor) -> Tensor:
-    """Pool every box from its own level: (R, 4) -> (R, C, 7, 7).
+def _pool_on_own_level(pyramid: Pyramid, boxes_view: Tensor, levels: Tensor) -> Tensor:
+    """Pool every box from its own level: (N, K, 4) -> (R, C, 7, 7).
 
     A level without a box takes part with none, and so has a gradient of 0: DistributedDataParallel would wait for
     the gradient of a parameter that took no part.
     """
     levels = _with_level(levels)
-    rows_of_level = [torch.nonzero(levels == index).squeeze(1) for index in range(len(pyramid))]
-    pooled = [
-        pool_boxes(level, boxes[rows], image_of_box[rows], CELLS)
-        for level, rows in zip(pyramid, rows_of_level, strict=True)
-    ]
-    # Sorting the rows' numbers puts the boxes back in their order.
-    return torch.cat(pooled)[torch.cat(rows_of_level).argsort()]
+    pooled = [pool_boxes(level, boxes_view, CELLS, levels == index) for index, level in enumerate(pyramid)]
+    # Level by level, and image by image within, is how a stable sort by level lists the boxes; this undoes it.
+    return torch.cat(pooled)[levels.flatten().argsort(stable=True).argsort()]
 
 
 def _with_level(levels: Tensor) -> Tensor:
     """The levels, with the coarsest for boxes that have none: they are larger than any level's boxes."""
     return torch.where(levels < 0, len(Pyramid._fields) - 1, levels)
-
-
-def _image_of_box(boxes_view: Tensor) -> Tensor:
-    """Which image each of the R boxes of (N, K, 4) lies in: 0 K times, 1 K times and so on."""
-    images, boxes_per_image = boxes_view.shape[:2]
-    return torch.arange(images, device=boxes_view.device).repeat_interleave(boxes_per_image)

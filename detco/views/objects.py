@@ -10,9 +10,10 @@ Shape legend:
 Source: SoCo, arXiv:2106.02637, Sec. 3.2, and its published code, https://github.com/hologerry/SoCo at 624a70d,
 contrast/data/dataset.py and bboxs_utils.py. Where the two differ, the code is the default and the paper an option.
 
-Departures from the code: boxes are edges (`detco.boxes`) and stay fractions when their level is chosen, where the code
-cuts them to whole pixels. With shared boxes, only those are drawn that every crop shows; the paper draws first and
-lets go of what a crop does not show.
+Departures from the code: boxes are edges (`detco.boxes`), so that a crop shows a box of which it has one pixel, where
+the code asks for two; and they stay fractions when their level is chosen, where the code cuts them to whole pixels.
+With shared boxes, only those are drawn that every crop shows; the paper draws first and lets go of what a crop does
+not show.
 """
 
 from dataclasses import dataclass

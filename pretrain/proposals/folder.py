@@ -95,6 +95,10 @@ class ProposalFolder:
             raise ValueError(f"{claim} is damaged ({error}); remove {self._parts} and start again") from error
         self._refuse_another(claimed)
 
+    def give_up(self) -> None:
+        """Take back a claim, for another record to be made here, with the parts that were made under it."""
+        shutil.rmtree(self._parts, ignore_errors=True)
+
     def missing_parts(self, shard: int, num_shards: int) -> list[int]:
         """The parts of a shard that are still to be made; a damaged one is."""
         return [part for part in range(shard, self.num_parts, num_shards) if not self._is_intact(part)]

@@ -49,6 +49,8 @@ def import_json(file: Path, images: ImageList, path: Path) -> ProposalStore:
         ProposalsError: If it is not of this format, lacks images, two images share a stem, or a box leaves its image.
         ValueError: If the folder holds other proposals, cannot be written to, or has too little room.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file} to take proposals from")
     stems = unique_stems(images)
     record = {
         "images": {"digest": images.digest, "count": len(images)},
@@ -59,6 +61,20 @@ def import_json(file: Path, images: ImageList, path: Path) -> ProposalStore:
     if store:
         return store
     folder.claim()
+    try:
+        rows = _read_rows(file, stems, images)
+    except ProposalsError:
+        folder.give_up()  # so that the corrected file, which is another record, can be imported here
+        raise
+    return folder.write_store(stack(rows))
+
+
+def _read_rows(file: Path, stems: Sequence[str], images: ImageList) -> list[ImageProposals]:
+    """What an official file says of each image, which `stems` names.
+
+    Raises:
+        ProposalsError: If it is not of this format, lacks images, or a box leaves its image.
+    """
     boxes_of = _read_boxes(file, set(stems))
     _refuse("has no entry for", file, [stem for stem in stems if stem not in boxes_of], len(stems))
     sizes = _decoded_sizes(images)
@@ -70,7 +86,7 @@ def import_json(file: Path, images: ImageList, path: Path) -> ProposalStore:
         except ValueError as error:
             outlying.append(f"{stem} ({error})")
     _refuse("does not fit", file, outlying, len(stems))
-    return folder.write_store(stack(rows))
+    return rows
 
 
 def export_json(store: ProposalStore, images: ImageList, file: Path) -> None:

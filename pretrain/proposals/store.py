@@ -93,7 +93,7 @@ class ProposalStore:
         if (entry.width, entry.height) != (width, height):
             raise ProposalsError(
                 f"image {index} is {width}x{height} px, but when the proposals in {self.path} were made it "
-                f"{_was(entry)}; restore the image, or remove that file and make the proposals again"
+                f"{_was(entry)}; restore the image, or remove these proposals and make them again"
             )
         return Proposals(entry.boxes_image_px.astype(np.float32), entry.multiplicity.astype(np.int64))
 

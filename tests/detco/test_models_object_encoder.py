@@ -93,18 +93,18 @@ def test_batch_norm_is_plain_until_converted_and_blocks_start_as_the_identity(en
 
 def test_the_whole_map_at_its_own_size_is_the_identity():
     feature_map = torch.randn(2, 5, 7, 7)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
-    torch.testing.assert_close(pool_boxes(feature_map, whole, torch.arange(2), 7), feature_map)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 1, 4)
+    torch.testing.assert_close(pool_boxes(feature_map, whole, 7), feature_map)
 
 
 def test_a_box_over_a_constant_area_gives_that_constant():
     feature_map = torch.full((1, 1, 20, 30), -100.0)
     feature_map[:, :, 5:15, 10:24] = 3.0  # rows 5..14, columns 10..23
     # Half a pixel inside the area: there no sample looks over its edge.
-    inside = torch.tensor([[10.5 / 30, 5.5 / 20, 23.5 / 30, 14.5 / 20]])
-    torch.testing.assert_close(pool_boxes(feature_map, inside, torch.zeros(1), 7), torch.full((1, 1, 7, 7), 3.0))
+    inside = torch.tensor([[[10.5 / 30, 5.5 / 20, 23.5 / 30, 14.5 / 20]]])
+    torch.testing.assert_close(pool_boxes(feature_map, inside, 7), torch.full((1, 1, 7, 7), 3.0))
     further = inside + torch.tensor([-1 / 30, 0, 0, 0])
-    assert pool_boxes(feature_map, further, torch.zeros(1), 7).min() < 3
+    assert pool_boxes(feature_map, further, 7).min() < 3
 
 
 @pytest.mark.parametrize("size", [(28, 28), (14, 14), (7, 7), (4, 4), (6, 11)], ids=str)
@@ -116,7 +116,7 @@ def test_a_cell_shows_its_place_as_a_fraction_of_the_view_whatever_the_size_of_t
     places = torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)])[None]
     x1, y1, x2, y2 = box = (0.2, 0.3, 0.7, 0.8)
 
-    pooled = pool_boxes(places, torch.tensor([box]), torch.zeros(1), cells)
+    pooled = pool_boxes(places, torch.tensor([[box]]), cells)
     centres = (torch.arange(cells) + 0.5) / cells
     torch.testing.assert_close(pooled[0, 0], (x1 + (x2 - x1) * centres).expand(cells, cells))
     torch.testing.assert_close(pooled[0, 1], (y1 + (y2 - y1) * centres)[:, None].expand(cells, cells))
@@ -124,20 +124,34 @@ def test_a_cell_shows_its_place_as_a_fraction_of_the_view_whatever_the_size_of_t
 
 def test_cells_average_as_many_samples_as_they_have_pixels():
     feature_map = torch.randn(1, 1, 14, 14)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
     expected = nn.functional.avg_pool2d(feature_map, 2)
-    torch.testing.assert_close(pool_boxes(feature_map, whole, torch.zeros(1), 7), expected)
+    torch.testing.assert_close(pool_boxes(feature_map, whole, 7), expected)
+
+
+def test_boxes_come_out_image_by_image_and_of_some_the_same_without_the_others():
+    feature_map, (boxes, _) = torch.randn(N, 2, 7, 9), make_boxes()
+    pooled = pool_boxes(feature_map, boxes, 3)
+    assert pooled.shape == (N * K, 2, 3, 3)
+    for n in range(N):
+        for k in range(K):
+            alone = pool_boxes(feature_map[n : n + 1], boxes[n : n + 1, k : k + 1], 3)
+            assert torch.equal(pooled[n * K + k], alone[0])
+    is_pooled = torch.rand(N, K, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert 0 < is_pooled.sum() < N * K
+    assert torch.equal(pool_boxes(feature_map, boxes, 3, is_pooled), pooled[is_pooled.flatten()])
+    assert pool_boxes(feature_map, boxes, 3, torch.zeros(N, K, dtype=torch.bool)).shape == (0, 2, 3, 3)
 
 
 def test_pooling_is_in_float32_under_autocast_and_of_bfloat16_maps():
     feature_map, (boxes, _) = torch.randn(2, 3, 14, 14), make_boxes()
-    outside = pool_boxes(feature_map, boxes[0], torch.tensor([0, 1, 0, 1]), 7)
+    outside = pool_boxes(feature_map, boxes[:2], 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = pool_boxes(feature_map, boxes[0], torch.tensor([0, 1, 0, 1]), 7)
-        of_rounded = pool_boxes(feature_map.bfloat16(), boxes[0], torch.tensor([0, 1, 0, 1]), 7)
+        inside = pool_boxes(feature_map, boxes[:2], 7)
+        of_rounded = pool_boxes(feature_map.bfloat16(), boxes[:2], 7)
     assert inside.dtype == of_rounded.dtype == torch.float32
     assert torch.equal(inside, outside)
-    exact = pool_boxes(feature_map.bfloat16().float(), boxes[0], torch.tensor([0, 1, 0, 1]), 7)
+    exact = pool_boxes(feature_map.bfloat16().float(), boxes[:2], 7)
     assert torch.equal(of_rounded, exact)
 
 
@@ -175,16 +189,12 @@ def test_without_batch_statistics_both_routings_are_one_function(encoders):
     assert both[0].flatten(0, 1).std(dim=0).mean() > 0.01  # far above what is taken for equal
 
 
-def rows_of(boxes):
-    return boxes.reshape(-1, 4), torch.tensor([n for n in range(N) for _ in range(K)])
-
-
 def test_all_keeps_of_a_call_per_level_with_every_box_the_entry_of_the_box_s_own(encoders):
     encoder, pyramid, (boxes, levels) = encoders["all"], make_pyramid(), make_boxes()
     each = encoder.project_each(pyramid, boxes, levels)
     kept = encoder.project(pyramid, boxes, levels)
 
-    calls = [encoder.projector(encoder.box_head(pool_boxes(level, *rows_of(boxes), 7))) for level in pyramid]
+    calls = [encoder.projector(encoder.box_head(pool_boxes(level, boxes, 7))) for level in pyramid]
     for index, call in enumerate(calls):
         torch.testing.assert_close(each[index], call.view(N, K, DIM), rtol=1e-4, atol=1e-5)
     for n in range(N):
@@ -197,10 +207,8 @@ def test_own_normalises_every_box_once_all_levels_together(encoders):
     each = encoder.project_each(pyramid, boxes, levels)
     assert each.shape == (1, N, K, DIM)
 
-    rows, images = rows_of(boxes)
     pooled = [
-        pool_boxes(pyramid[level], rows[r : r + 1], images[r : r + 1], 7)
-        for r, level in enumerate(levels.flatten().tolist())
+        pool_boxes(pyramid[levels[n, k]][n : n + 1], boxes[n : n + 1, k : k + 1], 7) for n in range(N) for k in range(K)
     ]
     expected = encoder.projector(encoder.box_head(torch.cat(pooled))).view(N, K, DIM)
     torch.testing.assert_close(each[0], expected, rtol=1e-4, atol=1e-5)
@@ -214,6 +222,30 @@ def test_the_box_head_runs_four_times_for_all_and_once_for_own(encoders):
         encoder.project(make_pyramid(), *make_boxes())
         runs[routing] = encoder.box_head[1].num_batches_tracked.item() - before
     assert runs == {"all": 4, "own": 1}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_boxes_are_described_once_and_on_their_own_level_whatever_the_routing(encoders, routing):
+    """The projector, which is not transferred, sees nothing."""
+    encoder, pyramid, (boxes, levels) = encoders[routing], make_pyramid(), make_boxes()
+    levels[2, 1] = -1
+    own = encoders["own"]
+    before = [encoder.box_head[1].num_batches_tracked.item(), encoder.projector[1].num_batches_tracked.item()]
+    described = encoder.describe(pyramid, boxes, levels)
+    after = [encoder.box_head[1].num_batches_tracked.item(), encoder.projector[1].num_batches_tracked.item()]
+    assert after == [before[0] + 1, before[1]]
+    assert described.shape == (N * K, 1024)
+    torch.testing.assert_close(own.projector(described).view(N, K, DIM), own.project(pyramid, boxes, levels))
+
+
+def test_c4_describes_boxes_by_the_mean_of_res5(c4_encoder):
+    boxes, levels = make_boxes()
+    features = torch.randn(N, 1024, 14, 14, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        described = c4_encoder.describe(features, boxes, levels)
+        expected = c4_encoder.backbone.layer4(pool_boxes(features, boxes, 14)).mean(dim=(2, 3))
+    assert described.shape == (N * K, 2048)
+    torch.testing.assert_close(described, expected)
 
 
 def test_own_level_takes_the_coarsest_for_a_box_without_a_level_and_leaves_single_entries_alone():
@@ -279,7 +311,7 @@ def test_c4_projects_every_box_by_res5_from_its_own_image_and_reads_no_levels(c4
         projected = c4_encoder.project(features, boxes, levels)
         assert torch.equal(projected, c4_encoder.project(features, boxes, -torch.ones_like(levels)))
         for n, k in ((0, 1), (2, 3)):
-            pooled = pool_boxes(features[n : n + 1], boxes[n, k : k + 1], torch.zeros(1), 14)
+            pooled = pool_boxes(features[n : n + 1], boxes[n : n + 1, k : k + 1], 14)
             expected = c4_encoder.projector(c4_encoder.backbone.layer4(pooled).mean(dim=(2, 3)))
             torch.testing.assert_close(projected[n, k], expected[0], rtol=1e-4, atol=1e-5)
     assert projected.shape == (N, K, DIM)

@@ -1,11 +1,13 @@
 """Runs the commands that the documentation shows, in a workspace of their own, with everything made small."""
 
+import importlib
+import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,11 @@ SMALL_METHODS = {
         **{"METHOD.HIDDEN": "64", "SOLVER.WARMUP_EPOCHS": "0", "METHOD.LEVEL_ROUTING": "own"},
         **{"VIEWS.VIEW_SIZE": "64", "VIEWS.SMALL_SIZE": "32"},
     },
+}
+MODULES = {
+    "detco-pretrain": "pretrain.__main__",
+    "convert-to-d2": "transfer.convert",
+    "detco-transfer": "transfer.train_net",
 }
 SMALL_TRANSFER = {
     "SOLVER.MAX_ITER": "2",
@@ -93,7 +100,7 @@ def run_small(tmp_path: Path) -> Callable[..., str]:
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     programs = Path(sys.executable).parent
-    environment = dict(os.environ, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="2")
+    environment = dict(os.environ, PATH=f"{programs}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
 
     def run(*words: str) -> str:
         command = made_small(list(words), tmp_path)
@@ -102,6 +109,28 @@ def run_small(tmp_path: Path) -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def run_small_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """As `run_small`, in this process: starting one, importing torch and Detectron2, takes longer than what it does."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # files that are thrown away need not reach the disk
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def run(*words: str) -> str:
+        program, *arguments = made_small(list(words), tmp_path)
+        code = importlib.import_module(MODULES[program]).main(arguments)
+        written = capsys.readouterr()
+        assert code == 0, f"{program} {shlex.join(arguments)}\n{written.out[-3000:]}\n{written.err[-3000:]}"
+        return written.out
+
+    yield run
+    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture

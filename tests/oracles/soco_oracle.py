@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+C4_CELLS = 14
+"""Side of what RoIAlign makes of a box for res5."""
+
 
 class Network:
     """Online network with predictor, or target without, from given weights. BatchNorm uses the statistics of each call.
@@ -55,7 +58,7 @@ class Network:
         num_images, num_boxes = levels.shape
         places = [(n, k) for n in range(num_images) for k in range(num_boxes)]
         if self.level_routing is None:
-            vectors = self.mlps(self.res5([cut(maps[0], n, boxes_view[n, k], 14) for n, k in places]))
+            vectors = self.mlps(self.res5([cut(maps[0], n, boxes_view[n, k], C4_CELLS) for n, k in places]))
         elif self.level_routing == "own":
             rois = [cut(maps[int(levels[n, k])], n, boxes_view[n, k], 7) for n, k in places]
             vectors = self.mlps(self.box_head(rois))
@@ -171,11 +174,9 @@ class BYOLOracle:
 
 
 def represent(resnet: nn.Module, images: Tensor) -> Tensor:
-    """Globally averaged features; the maps before the last stage resized to the 14 x 14 they have at 224 px."""
+    """Globally averaged features."""
     x = resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images)))))
-    x = resnet.layer3(resnet.layer2(x))
-    x = F.interpolate(x, size=(14, 14), mode="bilinear", align_corners=False)
-    return resnet.layer4(x).mean(dim=(2, 3))
+    return resnet.layer4(resnet.layer3(resnet.layer2(x))).mean(dim=(2, 3))
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -156,6 +156,21 @@ def test_file_of_another_format_is_refused(tmp_path: Path, photos: Path, content
         import_json(file, list_images(photos), tmp_path / "out")
 
 
+@pytest.mark.parametrize("wrong", [[1], {"a": []}, BOXES | {"b": [[60, 0, 9, 9]]}])
+def test_a_refused_file_can_be_corrected_and_imported_into_the_same_folder(
+    tmp_path: Path, photos: Path, wrong: object
+) -> None:
+    with pytest.raises(ProposalsError):
+        bring_in(tmp_path, photos, wrong)
+    assert len(bring_in(tmp_path, photos, BOXES)) == 3
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file .*gone\.json"):
+        import_json(tmp_path / "gone.json", list_images(photos), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unreadable_image_has_no_boxes_whatever_the_file_says(tmp_path: Path, photos: Path) -> None:
     (photos / "a.jpg").write_bytes(b"no image")
     store = bring_in(tmp_path, photos, BOXES)
