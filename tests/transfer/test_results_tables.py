@@ -70,6 +70,26 @@ def test_plain_detco_is_compared_with_the_plain_row_and_the_other_with_aa(tmp_pa
     assert {row.name: row.cells["box_AP"].published for row in table.rows_of("ours")} == {"plain": 39.5, "aa": 40.1}
 
 
+@pytest.mark.parametrize(
+    ("transferred", "said"),
+    [
+        (None, None),
+        (["backbone"], None),
+        (["backbone", "fpn", "box_head"], "(sha256 abababab) for backbone, fpn, box_head"),
+    ],
+)
+def test_a_note_says_what_of_a_detector_started_from_weights_of_more_than_a_backbone(
+    tmp_path, transferred, said, write_run
+):
+    write_run(tmp_path, {"box_AP": 56.5})
+    content = json.loads((tmp_path / "results.json").read_text())
+    content["weights"] |= {"sha256": "ab" * 32} | ({} if transferred is None else {"transferred": transferred})
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    (table,) = _tables(tmp_path)
+    (note,) = [text for _, text in table.notes if "sha256" in text]
+    assert said in note if said else " for " not in note
+
+
 def test_our_rows_are_measured_against_our_own_supervised_row(tmp_path, write_run):
     write_run(tmp_path / "a", {"box_AP": 56.5})
     write_run(tmp_path / "b", {"box_AP": 53.0}, path=MSRA, label="supervised")

@@ -265,7 +265,9 @@ def _weights(run: Run) -> str:
     path = run.weights_path.split("?")[0]
     name = path if "://" in path else PurePosixPath(path).name
     digest = f" (sha256 {run.weights_sha256[:8]})" if run.weights_sha256 else ""
-    return f"weights {name}{digest}"
+    # Of a backbone alone, as nearly all weights are, nothing is said.
+    parts = f" for {', '.join(run.transferred)}" if len(run.transferred) > 1 else ""
+    return f"weights {name}{digest}{parts}"
 
 
 def _schedule(schedule: Mapping[str, Any], usual: float) -> str:

@@ -36,6 +36,7 @@ class Run:
         weights_path: Path or URL that the run was started with; "" is random initialisation.
         weights_sha256: Digest of the weights file, None for a URL or random initialisation.
         provenance: What the weights file says about its pretraining.
+        transferred: Parts of the detector that started from the weights; empty where the run does not say.
         metrics: Per cent by metric name; metrics without a value are absent.
         departures: How the configuration differs from the task's published protocol, one phrase each.
         config_digest: Digest of the configuration without seed, output folder and weights: equal for repeated runs.
@@ -60,6 +61,7 @@ class Run:
     datasets: Mapping[str, Any] = field(default_factory=dict)
     subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    transferred: tuple[str, ...] = ()
     hardware: str = ""
     hours: float | None = None
     finished: str = ""
@@ -134,6 +136,7 @@ def read_run(file: Path) -> Run:
         weights_path=_get(weights, "path", str),
         weights_sha256=_get(weights, "sha256", str, type(None)),
         provenance=_get(weights, "provenance", dict, type(None)) or {},
+        transferred=tuple(map(str, _optional(weights, "transferred", [], list))),
         metrics=_metrics(_get(data, "metrics", dict)),
         departures=tuple(departures),
         config_digest=_get(data, "config_digest", str),
