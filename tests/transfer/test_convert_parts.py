@@ -198,7 +198,7 @@ def test_mmdetections_files_are_pth_and_cannot_be_verified(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty; copy or download it again"),
+        (b"", "is empty. Copy or download it again"),
         (b"\n<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
         (b"<html><body>sign in</body>", "is a web page, not weights"),
         (None, "is a folder; give the file in it"),

@@ -198,7 +198,8 @@ def test_mask_rcnn_fpn_trains_from_random_weights_and_reports_masks(datasets_roo
     assert {"box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75"} <= set(run.results["metrics"])
     assert not any("-" in name for name in run.results["metrics"])
     assert run.results["label"] == "random init"
-    assert run.results["weights"] == {"path": "", "sha256": None, "provenance": {}, "preprocess": None}
+    nothing = {"path": "", "sha256": None, "provenance": {}, "preprocess": None, "transferred": []}
+    assert run.results["weights"] == nothing
 
 
 def test_resume_continues_and_adds_up_the_time(voc_run: Finished, datasets_root: Path, converted: Path) -> None:

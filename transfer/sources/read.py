@@ -101,9 +101,9 @@ def _require_content(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if path.stat().st_size == 0:
-        raise SourceError(f"{path} is empty; copy or download it again")
+        raise UnsafeFileError(f"{path} is empty. Copy or download it again")
     if start.startswith((b"<!doctype html", b"<html")):
-        raise SourceError(f"{path} is a web page, not weights: the server answered with HTML; download it again")
+        raise UnsafeFileError(f"{path} is a web page, not weights: the server sent HTML. Copy or download it again")
 
 
 def _is_artifact(path: Path) -> bool:
