@@ -71,6 +71,12 @@ def read_record(path: str) -> WeightsRecord:
             f"MODEL.WEIGHTS is {path!r}, which holds its project's settings ({', '.join(settings)}); Detectron2 does "
             f"not read such files. Convert it first: convert-to-d2 {name} OUT.pkl"
         )
+    meta = content.get("meta")
+    if isinstance(meta, Mapping) and str(meta.get("author")).startswith("detco convert-to-d2"):
+        raise ValueError(
+            f"MODEL.WEIGHTS is {path!r}, which was written for MMDetection; convert what it was made from once more, "
+            f"without --to: convert-to-d2 IN OUT.pkl"
+        )
     provenance = content.get("provenance", {})
     if not isinstance(provenance, Mapping):
         raise ValueError(

@@ -125,6 +125,12 @@ def test_only_a_part_that_is_not_there_is_refused(parts: dict[str, Weights], tmp
         convert(tmp_path / "in.safetensors", tmp_path / "out.pkl", only="backbone+fpn")
 
 
+def test_what_was_written_for_mmdetection_is_no_weights_file_here(artifact: Path, tmp_path: Path) -> None:
+    convert(artifact, tmp_path / "out.pth", to="mmdet", only="backbone")
+    with pytest.raises(ValueError, match=r"written for MMDetection; convert what it was made from .* without --to"):
+        read_record(str(tmp_path / "out.pth"))
+
+
 def test_mmdetection_gets_every_tensor_and_counter_and_the_settings(
     artifact: Path, parts: dict[str, Weights], tmp_path: Path
 ) -> None:
