@@ -42,6 +42,7 @@ OPTIONAL = {  # module: (what pip installs, what it is for)
     "lvis": ("--no-deps lvis", "LVIS"),
     "scipy": ("scipy", "Sparse R-CNN"),
     "submitit": ("submitit", "detco-suite --launcher slurm"),
+    "skimage": ("scikit-image", "object proposals"),
 }
 SMALL_DISK_GB = 5.0
 SMALL_SHM_GB = 1.0
