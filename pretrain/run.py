@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 
 from detco.artifact import open_atomically
 from detco.methods.base import Method
-from detco.views.base import ProposalRecipe, ViewRecipe
+from detco.views.base import ViewRecipe
 from pretrain import config
 from pretrain.checkpoint import CheckpointError, CheckpointFolder, load_model, own_buffers, read
 from pretrain.data import BadSampleLog, BatchSampler, build_loader
@@ -22,6 +22,7 @@ from pretrain.manifest import git_commit, hardware, versions, write_manifest
 from pretrain.metrics import Reporter
 from pretrain.optim import build_optimizer, lr_schedule, scaled_lr
 from pretrain.proposals.store import ProposalStore
+from pretrain.proposals.wanted import check_proposals_wanted, open_proposals_of
 from pretrain.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -115,14 +116,18 @@ def _prepare(world: World, cfg: CfgNode, directory: Path) -> _Run:
         return recipe, method
 
     recipe, method = agree(build, world)
-    agree(lambda: _check_wants_proposals(cfg, recipe), world)
+    data = cfg.DATA
+    agree(
+        lambda: check_proposals_wanted(data.PROPOSALS, recipe, method=cfg.METHOD.NAME, root=data.ROOT),
+        world,
+    )
     images = agree(lambda: list_images(cfg.DATA.ROOT), world, first_alone=True)
     if len(set(gather(images.digest, world))) > 1:
         raise RefusalError(f"the processes see different images under DATA.ROOT {cfg.DATA.ROOT}; copy the same to all")
     steps_per_epoch = agree(
         lambda: BatchSampler(len(images), batch, world.rank, world.size, cfg.SEED, 0, 0).steps_per_epoch, world
     )
-    proposals = agree(lambda: _open_proposals(cfg, images), world)
+    proposals = agree(lambda: open_proposals_of(data.PROPOSALS, images, root=data.ROOT), world)
     proposals_digest = agree(lambda: proposals.digest if proposals else None, world)
     if len(set(gather(proposals_digest, world))) > 1:
         raise RefusalError(
@@ -142,34 +147,6 @@ def _micro_batch(batch_size_total: int, world_size: int, accumulate_steps: int) 
             f"make it a multiple of {pieces}"
         )
     return batch_size_total // pieces
-
-
-def _check_wants_proposals(cfg: CfgNode, recipe: ViewRecipe[Any, Any]) -> None:
-    if isinstance(recipe, ProposalRecipe) and not cfg.DATA.PROPOSALS:
-        raise ValueError(
-            f"METHOD.NAME {cfg.METHOD.NAME} draws its views around objects, so it needs DATA.PROPOSALS: make them with "
-            f"`python tools/generate_proposals.py {cfg.DATA.ROOT or 'IMAGES'} -o proposals` and add "
-            f"DATA.PROPOSALS proposals"
-        )
-    if cfg.DATA.PROPOSALS and not isinstance(recipe, ProposalRecipe):
-        raise ValueError(
-            f"the views of METHOD.NAME {cfg.METHOD.NAME} have no use for DATA.PROPOSALS {cfg.DATA.PROPOSALS}; "
-            f"leave it out, or choose another method"
-        )
-
-
-def _open_proposals(cfg: CfgNode, images: ImageList) -> ProposalStore | None:
-    """Open the store, if there is to be one, and refuse one that was made of other images."""
-    if not cfg.DATA.PROPOSALS:
-        return None
-    proposals = ProposalStore.open(Path(cfg.DATA.PROPOSALS))
-    if proposals.images_digest != images.digest:
-        raise ValueError(
-            f"DATA.PROPOSALS {cfg.DATA.PROPOSALS} was made of {len(proposals):,} images, but DATA.ROOT "
-            f"{cfg.DATA.ROOT} lists {len(images):,} and not the same names: name the folder (or listing) they were "
-            f"made of, or make new ones with `python tools/generate_proposals.py {cfg.DATA.ROOT} -o NEW_FOLDER`"
-        )
-    return proposals
 
 
 def _plan(cfg: CfgNode, steps_per_epoch: int) -> Plan:

@@ -24,10 +24,11 @@ from torch.utils.data import default_collate
 from view_boxes import Colour, colours_of, draw_boxes, draw_proposals, label_of
 
 from detco.artifact import Preprocess
-from detco.views import BoxSet, PairedView, ProposalRecipe, Proposals, decode, sample_generator
+from detco.views import BoxSet, PairedView, Proposals, decode, sample_generator
 from pretrain.config import build_recipe, load_config
 from pretrain.images import ImageList, list_images
 from pretrain.proposals.store import ProposalStore
+from pretrain.proposals.wanted import check_proposals_wanted, open_proposals_of
 
 GAP = 6
 """Pixels between the patches of a set."""
@@ -183,32 +184,6 @@ def add_legend(sheet: Image.Image, sentences: Sequence[str]) -> Image.Image:
     return result
 
 
-def open_proposals(path: str, method_name: str, recipe: Any, images: ImageList) -> ProposalStore | None:
-    """The proposals at `path` for a recipe that draws views around objects; None for one that does not.
-
-    Raises:
-        FileNotFoundError: If there is no finished store at `path`.
-        ValueError: If proposals are needed and none are given, given and not needed, or those of other images.
-    """
-    if not isinstance(recipe, ProposalRecipe):
-        if path:
-            raise ValueError(f"the views of {method_name} have no use for DATA.PROPOSALS {path}; leave it out")
-        return None
-    if not path:
-        raise ValueError(
-            f"{method_name} draws its views around objects: make proposals with "
-            f"`python tools/generate_proposals.py IMAGES -o proposals` and add DATA.PROPOSALS proposals"
-        )
-    proposals = ProposalStore.open(Path(path))
-    if proposals.images_digest != images.digest:
-        raise ValueError(
-            f"DATA.PROPOSALS {path} was made of {len(proposals):,} images, but {images.root} lists {len(images):,} and "
-            f"not the same names: draw the images it was made of, or make new ones with "
-            f"`python tools/generate_proposals.py IMAGES -o NEW_FOLDER`"
-        )
-    return proposals
-
-
 def make_sheet(
     images: ImageList, recipe: Any, proposals: ProposalStore | None, *, num_images: int, seed: int, epoch: int
 ) -> Image.Image:
@@ -275,8 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config_file, [*method, *arguments.overrides])
         seed = config.SEED if arguments.seed is None else arguments.seed
         recipe = build_recipe(config)
+        path = config.DATA.PROPOSALS
+        check_proposals_wanted(path, recipe, method=config.METHOD.NAME, root=config.DATA.ROOT)
         images = list_images(arguments.images)
-        proposals = open_proposals(config.DATA.PROPOSALS, config.METHOD.NAME, recipe, images)
+        proposals = open_proposals_of(path, images, root=str(arguments.images))
         sheet = make_sheet(images, recipe, proposals, num_images=arguments.num_images, seed=seed, epoch=arguments.epoch)
         sheet.save(arguments.output, format="PNG")
     except (OSError, ValueError) as error:
