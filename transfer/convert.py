@@ -76,8 +76,6 @@ def convert(
         raise ConversionError(damage)
     converted = {name.partition("/")[0] for name in account.converted}
     parts = tuple(part for part in PARTS if part in converted)
-    # Beside the output and with its suffix, by which Detectron2 chooses how to read it.
-    partial = output.with_name(f".{output.stem}.{os.getpid()}.partial{output.suffix}")
     report = ConversionReport(
         source=network,
         parts=parts,
@@ -86,10 +84,18 @@ def convert(
         output=output,
         settings=target.settings(network, parts),
     )
+    return _save(report, tensors, target, verify=verify)
+
+
+def _save(report: ConversionReport, tensors: Mapping[str, Tensor], target: Target, *, verify: bool) -> ConversionReport:
+    """Write the file, which gets its name after it was verified, if it is to be; return the report with the result."""
+    output, record = report.output, target.record(report.source, report.parts)
+    # Beside the output and with its suffix, by which Detectron2 chooses how to read it.
+    partial = output.with_name(f".{output.stem}.{os.getpid()}.partial{output.suffix}")
     file = partial.open("xb")  # Not "wb", which would follow a link of that name and overwrite where it leads.
     try:
         with file:
-            _write(file, tensors, target, target.record(network, parts), as_arrays=partial.suffix == ".pkl")
+            _write(file, tensors, target, record, as_arrays=partial.suffix == ".pkl")
         report = _verify(partial, report) if verify else report
         partial.replace(output)
     finally:
@@ -258,6 +264,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave other pretrained parts out, for detectors that have others there: the box head fits detectors of "
         "the 4conv1fc recipe only (default: everything that IN has)",
     )
+    _add_how_to_read_and_check(parser)
+    return parser
+
+
+def _add_how_to_read_and_check(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("source")
     source.add_argument(
         "--source",
@@ -277,7 +288,6 @@ def build_parser() -> argparse.ArgumentParser:
         "p2..p5 and the box features with the source network on random input; if they differ by more than 1e-5 nothing "
         "is written and the exit code is 1 (default: no check; needs Detectron2)",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
