@@ -98,7 +98,7 @@ def own_level(entries: Tensor, levels: Tensor) -> Tensor:
     return entries.gather(0, chosen)[0]
 
 
-def pool_boxes(feature_map: Tensor, boxes_view: Tensor, cells: int, is_pooled: Tensor | None = None) -> Tensor:
+def pool_boxes(feature_map: Tensor, boxes_view: Tensor, cells: int) -> Tensor:
     """RoIAlign in float32, even under autocast, with as many samples per cell as the box has feature pixels there.
 
     A box's place is its fractions times the size that the map really has. So no stride is assumed: the p5 of a view of
@@ -108,19 +108,19 @@ def pool_boxes(feature_map: Tensor, boxes_view: Tensor, cells: int, is_pooled: T
         feature_map: Shape (N, C, h, w).
         boxes_view: Edges (x1, y1, x2, y2) as fractions of the view, shape (N, K, 4).
         cells: Side of the result.
-        is_pooled: Which boxes to pool, shape (N, K); None: all R.
 
     Returns:
-        Image by image, shape (R or fewer, C, cells, cells).
+        Image by image, shape (R, C, cells, cells). A box without a width has no samples: its cells are 0, at no cost.
     """
     feature_map = full_precision(feature_map)
     height, width = feature_map.shape[-2:]
     x1, y1, x2, y2 = boxes_view.to(feature_map.dtype).unbind(dim=2)
     image = torch.arange(len(x1), dtype=x1.dtype, device=x1.device).unsqueeze(1).expand_as(x1)
     rows = torch.stack([image, x1 * width, y1 * height, x2 * width, y2 * height], dim=2)
-    rows = rows.flatten(0, 1) if is_pooled is None else rows[is_pooled]
     # Autocast leaves it in float32: torchvision pools in no lower precision.
-    pooled: Tensor = roi_align(feature_map, rows, cells, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+    pooled: Tensor = roi_align(
+        feature_map, rows.flatten(0, 1), cells, spatial_scale=1.0, sampling_ratio=-1, aligned=True
+    )
     return pooled
 
 
@@ -217,13 +217,13 @@ class FPNEncoder(ObjectEncoder[Pyramid]):
 def _pool_on_own_level(pyramid: Pyramid, boxes_view: Tensor, levels: Tensor) -> Tensor:
     """Pool every box from its own level: (N, K, 4) -> (R, C, 7, 7).
 
-    A level without a box takes part with none, and so has a gradient of 0: DistributedDataParallel would wait for
-    the gradient of a parameter that took no part.
+    Every level is given all boxes, those of other levels without a width, and the results are added up. Choosing a
+    level's boxes instead would ask the device how many they are, and wait for the answer. A level without a box still
+    takes part, with a gradient of 0: DistributedDataParallel would wait for that of a parameter that took no part.
     """
-    levels = _with_level(levels)
-    pooled = [pool_boxes(level, boxes_view, CELLS, levels == index) for index, level in enumerate(pyramid)]
-    # Level by level, and image by image within, is how a stable sort by level lists the boxes; this undoes it.
-    return torch.cat(pooled)[levels.flatten().argsort(stable=True).argsort()]
+    own = _with_level(levels).unsqueeze(2)
+    pooled = [pool_boxes(level, boxes_view * (own == index), CELLS) for index, level in enumerate(pyramid)]
+    return sum(pooled[1:], start=pooled[0])
 
 
 def _with_level(levels: Tensor) -> Tensor:
