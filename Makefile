@@ -27,7 +27,7 @@ $(READY): setup.py tools/install_detectron2.py
 		{ echo "error: no venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --upgrade --quiet pip
 	@echo "installing torch, torchvision and the rest into $(VENV) (about 3 GB to download, once)"
-	$(BIN)/python -m pip install --quiet --editable ".[transfer,proposals,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[transfer,proposals,fast,dev]"
 	$(BIN)/python tools/install_detectron2.py
 	@touch $@
 	@$(BIN)/detco-doctor

@@ -52,6 +52,10 @@ setup(
         # Object proposals: tools/generate_proposals.py. OpenCV's own selective search is in the contrib wheels,
         # of which only one may be installed at a time, so none of them is asked for here.
         "proposals": ["scikit-image"],
+        # JPEG decoding at the speed of libjpeg-turbo; without it Pillow decodes, to the same pixels.
+        "fast": ["simplejpeg"],
+        # What tools/benchmark_step.py compares with.
+        "bench": ["lightly"],
         "slurm": ["submitit"],
         "dev": ["pytest", "pytest-xdist", "mypy", "ruff", "pre-commit", "types-PyYAML", "submitit"],
     },

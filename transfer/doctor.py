@@ -43,6 +43,7 @@ OPTIONAL = {  # module: (what pip installs, what it is for)
     "scipy": ("scipy", "Sparse R-CNN"),
     "submitit": ("submitit", "detco-suite --launcher slurm"),
     "skimage": ("scikit-image", "object proposals"),
+    "simplejpeg": ("simplejpeg", "decoding JPEGs 1.6 times as fast"),
 }
 SMALL_DISK_GB = 5.0
 SMALL_SHM_GB = 1.0
