@@ -1,9 +1,11 @@
-"""Rank, world size and two collectives that are the identity in one process.
+"""Rank, world size and three collectives that are the identity in one process.
 
 Shape legend:
     N  rows of this process
     G  rows of all processes, ordered by rank; every process holds the same N
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,9 +41,30 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """
     if not is_distributed():
         return rows
-    gathered = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+@torch.no_grad()
+def exchange_rows(rows: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Hand every process some of the rows and take some from every process. Carries no gradient.
+
+    Collective: every process must call it, with the same dtype and shape of a row. Nobody gets what is not for him.
+
+    Args:
+        rows: Receiver by receiver, shape (sum(sent), ...).
+        sent: Rows for each process, this one included.
+        received: Rows from each process, this one included.
+
+    Returns:
+        Sender by sender, shape (sum(received), ...); `rows` itself in one process.
+    """
+    if not is_distributed():
+        return rows
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent))
+    return arrived
 
 
 @torch.no_grad()

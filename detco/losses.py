@@ -9,7 +9,7 @@ Source: InfoNCE as in MoCo, arXiv:1911.05722, Eq. 1; similarity of objects as in
 hologerry/SoCo@624a70d contrast/models/SoCo_FPN.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,22 +35,45 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
     """Classify, for every image, its positive key among K + 1 keys. Computed in float32 even under autocast.
 
     Equal to the cross-entropy of the N x (K + 1) logits with the positive as class 0, but as softplus(logsumexp of
-    the negatives - positive), so that the logits are neither concatenated nor copied: autograd keeps one N x K matrix.
+    the negatives - positive). No N x K matrix outlives the call: neither labels nor logits are kept for the backward
+    pass.
 
     Args:
         query: Unit length, shape (N, D).
         positive: Unit length, shape (N, D): row n belongs to the same image as row n of `query`.
-        negatives: Unit length columns, shape (D, K). Must not be written to before the backward pass.
+        negatives: Unit length columns, shape (D, K). They take no gradient.
         temperature: Above 0; cosines are divided by it.
     """
     with torch.autocast(query.device.type, enabled=False):
         query = full_precision(query) / temperature
         positive_logit = (query * full_precision(positive)).sum(dim=1)
-        negative_logits = query @ full_precision(negatives)
-        loss = F.softplus(negative_logits.logsumexp(dim=1) - positive_logit).mean()
-    with torch.no_grad():
-        top1 = (positive_logit > negative_logits.amax(dim=1)).to(torch.float32).mean()
-    return Contrast(loss, top1)
+        log_sum, highest = _LogSumExpOfProduct.apply(query, full_precision(negatives))
+        loss = F.softplus(log_sum - positive_logit).mean()
+    return Contrast(loss, (positive_logit.detach() > highest).to(torch.float32).mean())
+
+
+class _LogSumExpOfProduct(torch.autograd.Function):
+    """Logsumexp and maximum of each row of query @ negatives, shape (N,) each; the maximum has no gradient.
+
+    The gradient of a row's logsumexp, its softmax @ negatives transposed, is of the size of the query. It is computed
+    with the value, in the place of the logits, so that what is kept is that and not a matrix per term of the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+        logits = query @ negatives
+        highest = logits.amax(dim=1)
+        exponentials = logits.sub_(highest.unsqueeze(1)).exp_()
+        total = exponentials.sum(dim=1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((exponentials @ negatives.T) / total.unsqueeze(1))
+        ctx.mark_non_differentiable(highest)
+        return total.log() + highest, highest
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (per_query,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(1) * per_query, None
 
 
 def is_same_object(ids_a: Tensor, levels_a: Tensor, ids_b: Tensor, levels_b: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ One step is: `before_step` -> (`forward` -> backward) -> finite check -> optimis
 
 With gradient accumulation the part in brackets runs once per micro-batch. A method sees each micro-batch alone:
 BatchNorm statistics, and what `forward` compares, never span two of them.
+
+Before a step the trainer seeds torch's generators: that of the CPU alike on every process, that of CUDA with the rank.
+So what a method draws on the CPU, as often on every process, is the same everywhere without a collective: a permutation
+of the images of all processes. What should differ between the processes is drawn on the GPU.
 """
 
 from abc import ABC, abstractmethod

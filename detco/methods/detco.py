@@ -20,16 +20,10 @@ from torch import Tensor, nn
 from detco.distributed import world_size
 from detco.losses import Contrast, info_nce
 from detco.methods.base import Method, StepOutput
-from detco.models.batch_shuffle import (
-    check_groups,
-    draw_permutation,
-    in_groups,
-    own_rows,
-    shuffle_rows,
-    unshuffle_rows,
-)
+from detco.models.batch_shuffle import draw_permutation, own_rows, shuffle_rows, unshuffle_rows
 from detco.models.ema import frozen_copy, update_ema
 from detco.models.encoder import Encoder
+from detco.models.norm import count_groups
 from detco.models.queue import KeyQueue, check_capacity
 from detco.models.resnet import ResNetTrunk
 from detco.views.base import ViewRecipe
@@ -114,7 +108,7 @@ class DetCo(Method):
         self.ema_decay = ema_decay
         self.bn_group = bn_group
         self.weights = dict(zip(STAGES, stage_weights, strict=True)) if multi_level else {STAGES[-1]: 1.0}
-        self.query = Encoder(tuple(self.weights), local=local, dim=dim, head_hidden=head_hidden)
+        self.query = Encoder(tuple(self.weights), local=local, dim=dim, head_hidden=head_hidden, bn_group=bn_group)
         self.key = frozen_copy(self.query)
         self.queues_global = nn.ModuleDict({stage: KeyQueue(dim, queue_size) for stage in self.weights})
         self.queues_local = nn.ModuleDict({stage: KeyQueue(dim, queue_size) for stage in self.weights if local})
@@ -135,7 +129,7 @@ class DetCo(Method):
             ValueError: If the queue is not a multiple of the total batch, or N does not split into BatchNorm groups.
         """
         check_capacity(self.queue_size, images_per_process * world_size())
-        check_groups(images_per_process, self.bn_group)
+        count_groups(images_per_process, self.bn_group)
 
     def before_step(self, progress: float) -> None:
         """Move the key encoder towards the query encoder (MoCo, Eq. 2); the decay is constant."""
@@ -154,8 +148,9 @@ class DetCo(Method):
         """
         self.check_batch(len(views.global_query))
 
-        queries = in_groups(self.query, self.bn_group, *self._query_views(views))  # (N, T, D)
+        # Keys first, before the queries' activations fill the memory: they wait for the backward pass.
         keys_of_all = self._encode_keys(self._key_views(views))  # (G, T, D)
+        queries = self.query(*self._query_views(views))  # (N, T, D)
         keys = own_rows(keys_of_all, len(queries))  # (N, T, D), of the same images as the queries
 
         terms = self.contrast(queries, keys)
@@ -214,9 +209,8 @@ class DetCo(Method):
     @torch.no_grad()
     def _encode_keys(self, views: Sequence[Tensor]) -> Tensor:
         """Keys of all processes, (G, T, D), computed on shuffled images and back in the images' order."""
-        permutation = draw_permutation(len(views[0]) * world_size(), views[0].device)
-        shuffled_views = [shuffle_rows(view, permutation) for view in views]
-        shuffled_keys = in_groups(self.key, self.bn_group, *shuffled_views)
+        permutation = draw_permutation(len(views[0]) * world_size())
+        shuffled_keys = self.key(*(shuffle_rows(view, permutation) for view in views))
         return unshuffle_rows(shuffled_keys, permutation)
 
     def _query_views(self, views: DetCoViews | MoCoViews) -> list[Tensor]:

@@ -3,8 +3,12 @@
 The unit that is shuffled is the image: one permutation serves all views of a step, and an image's patches stay
 together. What is shuffled back is the final embedding of every head.
 
-Besides the processes, `in_groups` splits each process's batch into BatchNorm groups of a fixed number of images. So
-one process with 256 images normalises exactly like eight processes with 32 each, and shuffling is of use there too.
+Besides the processes, `detco.models.norm.GroupedBatchNorm` splits each process's batch into BatchNorm groups of a fixed
+number of images. So one process with 256 images normalises exactly like eight processes with 32 each, and shuffling
+is of use there too.
+
+The permutation lies on the CPU, where every process draws the same one. So each knows without asking which of its
+images go where, and without waiting for its GPU how many; an image travels once, to the one process that needs it.
 
 Shape legend:
     N  images of this process
@@ -15,36 +19,32 @@ Shape legend:
 Source: MoCo, arXiv:1911.05722, Sec. 3.3, "Shuffling BN". Patches are not mentioned there or in DetCo.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from detco.distributed import all_gather_rows, broadcast_from_first, rank
+from detco.distributed import all_gather_rows, exchange_rows, is_distributed, rank, world_size
 
 
-def draw_permutation(num_images: int, device: torch.device) -> Tensor:
-    """A random order of all images of the step, the same on every process.
+def draw_permutation(num_images: int) -> Tensor:
+    """A random order of all images of the step: one draw from torch's global CPU generator.
 
-    Collective: every process must call it. Drawn from torch's global CPU generator on every process, so that the
-    generators stay in step; rank 0's draw is used.
+    It is the same on every process if their CPU generators are alike, which `detco.methods.base` asks of the trainer.
 
     Args:
         num_images: G.
-        device: Where the views are.
 
     Returns:
-        Shape (G,), int64: a permutation of 0..G-1.
+        On the CPU, shape (G,), int64: a permutation of 0..G-1.
     """
-    return broadcast_from_first(torch.randperm(num_images).to(device))
+    return torch.randperm(num_images)
 
 
 @torch.no_grad()
 def shuffle_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     """This process's share of the shuffled images: row n is image permutation[rank * N + n] of all.
 
-    Collective: every process must call it. Under autocast the rows travel in the autocast type, in which the first
-    convolution would read them anyway.
+    Collective: every process must call it, with the same permutation. Under autocast the rows travel in the autocast
+    type, in which the first convolution would read them anyway. Every process sends and receives at most N rows.
 
     Args:
         rows: One entry per image, shape (N, ...).
@@ -55,7 +55,22 @@ def shuffle_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     """
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    return all_gather_rows(rows)[own_rows(permutation, len(rows))]
+    if not is_distributed():
+        return rows[_to_device(permutation, rows.device)]
+
+    num_images = len(rows)
+    wanted = permutation.view(world_size(), num_images)  # row r: the images that process r is to get, in its order
+    owner = wanted // num_images
+    is_ours = owner == rank()
+    sent = wanted[is_ours] - rank() * num_images  # receiver by receiver
+    received = exchange_rows(
+        rows[_to_device(sent, rows.device)],
+        sent=is_ours.sum(dim=1).tolist(),
+        received=owner[rank()].bincount(minlength=world_size()).tolist(),
+    )
+    # They come sender by sender, from each in our order, which is how a stable sort by sender lists our order.
+    arrived_at = owner[rank()].argsort(stable=True).argsort()
+    return received[_to_device(arrived_at, rows.device)]
 
 
 @torch.no_grad()
@@ -71,10 +86,7 @@ def unshuffle_rows(shuffled: Tensor, permutation: Tensor) -> Tensor:
     Returns:
         Shape (G, T, D): row g belongs to image g of all, on every process.
     """
-    gathered = all_gather_rows(shuffled)
-    ordered = torch.empty_like(gathered)
-    ordered[permutation] = gathered
-    return ordered
+    return all_gather_rows(shuffled)[_to_device(permutation.argsort(), shuffled.device)]
 
 
 def own_rows(gathered: Tensor, num_images: int) -> Tensor:
@@ -82,35 +94,8 @@ def own_rows(gathered: Tensor, num_images: int) -> Tensor:
     return gathered[rank() * num_images : (rank() + 1) * num_images]
 
 
-def in_groups(forward: Callable[..., Tensor], group_size: int, *views: Tensor) -> Tensor:
-    """Run `forward` on BatchNorm groups of `group_size` images, one after the other.
-
-    A batch of at most `group_size` is one group.
-
-    Args:
-        forward: Takes the views of some images, returns one row per image.
-        group_size: Images normalised together.
-        views: Each with one entry per image, shape (N, ...).
-
-    Returns:
-        The rows of all groups in order, shape (N, ...).
-
-    Raises:
-        ValueError: If N is above `group_size` and not a multiple of it.
-    """
-    check_groups(len(views[0]), group_size)
-    groups = zip(*(torch.split(view, group_size) for view in views), strict=True)
-    return torch.cat([forward(*group) for group in groups])
-
-
-def check_groups(num_images: int, group_size: int) -> None:
-    """Refuse a batch that does not split into equal BatchNorm groups.
-
-    Raises:
-        ValueError: If `num_images` is above `group_size` and not a multiple of it.
-    """
-    if num_images > group_size and num_images % group_size:
-        raise ValueError(
-            f"{num_images} images per process do not split into BatchNorm groups of {group_size}; change the total "
-            f"batch size, the number of processes or the BatchNorm group"
-        )
+def _to_device(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices from the CPU to where the rows are, without waiting for the work that is queued there."""
+    # From memory that is not pinned, a copy to a GPU may wait.
+    source = indices.pin_memory() if device.type == "cuda" else indices
+    return source.to(device, non_blocking=True)

@@ -30,6 +30,5 @@ def update_ema(average: nn.Module, source: nn.Module, decay: float) -> None:
     """
     averages: list[Tensor] = list(average.parameters())
     sources: list[Tensor] = list(source.parameters())
-    # One call per operation for all parameters: a few kernel launches instead of several hundred.
-    torch._foreach_mul_(averages, decay)
-    torch._foreach_add_(averages, sources, alpha=1.0 - decay)
+    # One call for all parameters: a few kernel launches instead of several hundred, one pass instead of two.
+    torch._foreach_lerp_(averages, sources, 1.0 - decay)

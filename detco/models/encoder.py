@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from detco.losses import full_precision
 from detco.models.mlp import MLP
+from detco.models.norm import GroupedBatchNorm, batch_norm_groups, count_groups
 from detco.models.resnet import ResNetTrunk
 
 NUM_PATCHES = 9
@@ -27,7 +28,7 @@ NUM_PATCHES = 9
 class Encoder(nn.Module):
     """A ResNet-50 with one head per stage for the image and, if `local`, one per stage for its set of patches."""
 
-    def __init__(self, stages: Sequence[str], *, local: bool, dim: int, head_hidden: int | None) -> None:
+    def __init__(self, stages: Sequence[str], *, local: bool, dim: int, head_hidden: int | None, bn_group: int) -> None:
         """Build trunk and heads.
 
         Args:
@@ -35,10 +36,12 @@ class Encoder(nn.Module):
             local: Whether there are local heads.
             dim: D.
             head_hidden: Hidden width of every head; None: as many as the stage has channels.
+            bn_group: Images per BatchNorm group. A larger batch is split into groups of this size.
         """
         super().__init__()
         self.stages = tuple(stages)
-        self.trunk = ResNetTrunk()
+        self.bn_group = bn_group
+        self.trunk = ResNetTrunk(norm=GroupedBatchNorm)
 
         def heads(num_inputs: int) -> nn.ModuleDict:
             widths = {stage: self.trunk.channels[stage] for stage in self.stages}
@@ -61,15 +64,21 @@ class Encoder(nn.Module):
             Unit length, float32 even under autocast, shape (N, T, D).
 
         Raises:
-            ValueError: If patches are missing or not wanted.
+            ValueError: If patches are missing or not wanted, or N does not split into BatchNorm groups.
         """
         if (patches is not None) != bool(self.local_heads):
             raise ValueError(
                 f"this encoder has {len(self.local_heads)} local heads, but "
                 f"{'no patches were' if patches is None else 'patches were'} given; build it with the other `local`"
             )
-        local = [] if patches is None else self._embed_patches(patches)
-        return torch.stack(self._embed_images(images) + local, dim=1)
+        num_groups = count_groups(len(images), self.bn_group)
+        if patches is None:
+            with batch_norm_groups(self.trunk, num_groups):
+                return torch.stack(self._embed_images(images), dim=1)
+        with batch_norm_groups(self.trunk, num_groups, turn=0, num_turns=2):
+            local = self._embed_patches(patches)
+        with batch_norm_groups(self.trunk, num_groups, turn=1, num_turns=2):
+            return torch.stack(self._embed_images(images) + local, dim=1)
 
     def _embed_images(self, images: Tensor) -> list[Tensor]:
         pooled = self._pool(images)

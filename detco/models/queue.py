@@ -47,9 +47,10 @@ class KeyQueue(nn.Module):
             ValueError: If K is not a multiple of G. Nothing has been written then.
         """
         check_capacity(self.capacity, len(keys))
-        columns = (self.cursor + torch.arange(len(keys), device=keys.device)) % self.capacity
-        self.keys[:, columns] = keys.T.to(self.keys.dtype)
-        self.cursor.copy_((self.cursor + len(keys)) % self.capacity)
+        # The cursor stays on the device: a slice from it would make the host wait for its value.
+        columns = (self.cursor + torch.arange(len(keys), device=keys.device)).remainder_(self.capacity)
+        self.keys.index_copy_(1, columns, keys.T.to(self.keys.dtype))
+        self.cursor.add_(len(keys)).remainder_(self.capacity)
 
 
 def check_capacity(capacity: int, keys_per_step: int) -> None:

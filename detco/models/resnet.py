@@ -10,7 +10,7 @@ Source: He et al., arXiv:1512.03385, with the stride in the 3x3 convolution as i
 
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 
@@ -29,6 +29,7 @@ class ResNetTrunk(ResNet):  # type: ignore[misc]  # torchvision is untyped
     Args:
         zero_init_residual: Whether the last BatchNorm of every block starts with weight 0, so that the block starts as
             the identity, instead of 1.
+        norm: Class of the BatchNorm layers, made from their number of channels.
 
     Attributes:
         channels: C of each stage.
@@ -38,8 +39,9 @@ class ResNetTrunk(ResNet):  # type: ignore[misc]  # torchvision is untyped
     channels: ClassVar[dict[str, int]] = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
     strides: ClassVar[dict[str, int]] = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
-    def __init__(self, zero_init_residual: bool = False) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=1, zero_init_residual=zero_init_residual)
+    def __init__(self, zero_init_residual: bool = False, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> None:
+        blocks = [3, 4, 6, 3]
+        super().__init__(Bottleneck, blocks, num_classes=1, zero_init_residual=zero_init_residual, norm_layer=norm)
         del self.fc, self.avgpool
 
     def forward(self, images: Tensor) -> Stages:

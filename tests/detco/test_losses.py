@@ -37,6 +37,23 @@ def test_gradient_of_info_nce_equals_its_finite_differences_in_query_and_positiv
     assert torch.autograd.gradcheck(lambda *x: info_nce(*x, TEMPERATURE).loss, inputs)
 
 
+def test_info_nce_keeps_no_matrix_over_the_negatives_for_the_backward_pass():
+    kept = []
+    query, positive, negatives = unit(5, 8).requires_grad_(), unit(5, 8), unit(8, 1000, dim=0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda x: x):
+        info_nce(query, positive, negatives, TEMPERATURE)
+    assert 0 < max(kept) <= query.numel()
+
+
+def test_negatives_may_change_before_the_backward_pass():
+    torch.manual_seed(4)
+    query, positive, negatives = unit(5, 8).requires_grad_(), unit(5, 8), unit(8, 31, dim=0)
+    (expected,) = torch.autograd.grad(info_nce(query, positive, negatives, TEMPERATURE).loss, query)
+    loss = info_nce(query, positive, negatives, TEMPERATURE).loss
+    negatives.zero_()
+    assert torch.equal(torch.autograd.grad(loss, query)[0], expected)
+
+
 def test_top1_counts_the_images_whose_positive_beats_every_negative():
     negatives = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     query = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])

@@ -1,5 +1,7 @@
 """Trunk and heads together: sizes, order of the embeddings, order of the passes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -12,13 +14,13 @@ def num_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def make_encoder(stages=ALL, local=True):
+def make_encoder(stages=ALL, local=True, bn_group=32):
     torch.manual_seed(0)
-    return Encoder(stages, local=local, dim=16, head_hidden=8)
+    return Encoder(stages, local=local, dim=16, head_hidden=8, bn_group=bn_group)
 
 
 def test_parameter_counts_are_the_published_ones():
-    encoder = Encoder(ALL, local=True, dim=128, head_hidden=None)
+    encoder = Encoder(ALL, local=True, dim=128, head_hidden=None, bn_group=32)
     assert round(num_parameters(encoder) / 1e6, 1) == 80.2
     assert round(num_parameters(encoder.global_heads) / 1e6, 2) == 6.07
     per_stage = [round(num_parameters(head) / 1e6, 2) for head in encoder.local_heads.values()]
@@ -26,7 +28,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_moco_v2_encoder_has_27_97_million_parameters():
-    encoder = Encoder(("res5",), local=False, dim=128, head_hidden=None)
+    encoder = Encoder(("res5",), local=False, dim=128, head_hidden=None, bn_group=32)
     assert round(num_parameters(encoder) / 1e6, 2) == 27.97
 
 
@@ -87,3 +89,32 @@ def test_unneeded_heads_are_not_built():
     assert list(make_encoder(("res5",), local=False).global_heads) == ["res5"]
     assert len(make_encoder(("res5",), local=False).local_heads) == 0
     assert list(make_encoder(("res5",), local=True).local_heads) == ["res5"]
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("local", [True, False])
+def test_batch_of_several_groups_equals_one_group_after_the_other_in_embeddings_gradient_and_buffers(local):
+    encoder = make_encoder(local=local, bn_group=2).double()
+    in_turn = copy.deepcopy(encoder)
+    for _ in range(2):
+        views = [torch.randn(6, 3, 32, 32).double(), torch.randn(6, 9, 3, 16, 16).double()][: 1 + local]
+        together = encoder(*views)
+        apart = torch.cat([in_turn(*group) for group in zip(*(view.split(2) for view in views), strict=True)])
+        torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(encoder.state_dict(), in_turn.state_dict(), rtol=1e-9, atol=1e-12)
+    assert encoder.trunk.bn1.num_batches_tracked.item() == 2 * 3 * (1 + local)
+
+    weights = torch.randn_like(together)
+    gradients = [
+        torch.autograd.grad((output * weights).sum(), list(network.parameters()))
+        for output, network in ((together, encoder), (apart, in_turn))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_batch_that_does_not_split_into_groups_is_refused_before_any_work():
+    encoder = make_encoder(("res5",), local=False, bn_group=2)
+    with pytest.raises(ValueError, match="5 images per process do not split into BatchNorm groups of 2"):
+        encoder(torch.randn(5, 3, 32, 32))
+    assert encoder.trunk.bn1.num_batches_tracked.item() == 0

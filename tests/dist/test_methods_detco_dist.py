@@ -1,7 +1,10 @@
 """DetCo on two real gloo processes: shuffling, queues, loss and gradient, DistributedDataParallel."""
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from detco.methods.detco import DetCo
@@ -39,9 +42,8 @@ def everything(rank, world_size):
     """All that the tests below look at, in one start of the processes, which takes longer than the work."""
     with pytest.raises(ValueError, match="queue size 16 is not a multiple of the 6 keys"):
         make_method(multi_level=False, local=False).check_batch(3)
-    return {
-        work.__name__: work(rank, world_size) for work in (shuffle_and_unshuffle, three_steps, step_on_a_share, modes)
-    }
+    works = (shuffle_and_unshuffle, three_steps, step_on_a_share, modes, traffic)
+    return {work.__name__: work(rank, world_size) for work in works}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,9 @@ def of(results, work):
 
 
 def shuffle_and_unshuffle(rank, world_size):
-    torch.manual_seed(100 + rank)  # the processes' own generators differ; rank 0's draw must win
+    torch.manual_seed(100)  # alike on both, as the trainer seeds them
     images = torch.arange(rank * 8, rank * 8 + 8).view(8, 1, 1)
-    permutation = draw_permutation(16, torch.device("cpu"))
+    permutation = draw_permutation(16)
     shuffled = shuffle_rows(images, permutation)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         in_bfloat16 = shuffle_rows(images.float(), permutation)
@@ -75,6 +77,7 @@ def test_shuffled_images_meet_others_and_come_back_in_order(results):
     seen = torch.cat([first["shuffled"], second["shuffled"]])
     assert sorted(seen.tolist()) == list(range(16))
     assert set(first["shuffled"].tolist()) != set(range(8))
+    assert torch.equal(seen, first["permutation"])  # place by place, as in one process with all images
     # Key tensor t of image g carries g * (t + 1).
     expected = (torch.arange(16).view(16, 1) * torch.arange(1, 9)).unsqueeze(2)
     assert torch.equal(first["back"], expected)
@@ -83,7 +86,7 @@ def test_shuffled_images_meet_others_and_come_back_in_order(results):
 
 def three_steps(rank, world_size):
     method = make_method(queue_size=16).eval()  # without batch statistics, a key is a function of its image alone
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100)
     history = []
     for step in range(3):
         views = make_views(world_size * PER_PROCESS, seed=step)
@@ -176,3 +179,39 @@ def test_every_mode_trains_under_ddp_in_bfloat16_without_unused_parameters(resul
         assert loss.dtype == torch.float32
         assert torch.isfinite(loss)
         assert torch.equal(sums, second[mode][1])
+
+
+def traffic(rank, world_size):
+    """Bytes that this process receives in one step, by collective."""
+    received = {}
+
+    def counted(name, original):
+        def call(output, *arguments, **options):
+            received.setdefault(name, []).append(output.numel() * output.element_size())
+            return original(output, *arguments, **options)
+
+        return call
+
+    names = (
+        "all_to_all_single",
+        "all_gather_into_tensor",
+        "all_gather",
+        "broadcast",
+        "all_reduce",
+        "all_gather_object",
+    )
+    method = make_method()
+    torch.manual_seed(7)
+    with mock.patch.multiple(dist, **{name: counted(name, getattr(dist, name)) for name in names}):
+        method.before_step(0.0)
+        method(share_of(make_views(world_size * PER_PROCESS), rank)).loss.backward()
+        method.commit()
+    return received
+
+
+def test_a_process_receives_its_own_share_of_the_images_and_the_keys_of_all_and_nothing_else(results):
+    bytes_per_float, embeddings, dim = 4, 8, SMALL["dim"]
+    images, patches = (PER_PROCESS * count * 3 * side**2 * bytes_per_float for count, side in ((1, 32), (9, 16)))
+    keys_of_all = 2 * PER_PROCESS * embeddings * dim * bytes_per_float
+    for received in of(results, traffic):
+        assert received == {"all_to_all_single": [images, patches], "all_gather_into_tensor": [keys_of_all]}
