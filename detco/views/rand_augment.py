@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detco.views.photometric import blend, grey_values, invert_from, mean_grey
-from detco.views.rows import apply_to_rows
+from detco.views.photometric import black, blend, flat_grey, grey_values, invert_from
+from detco.views.rows import Operation, apply_by_choice, apply_to_rows
 from detco.views.validation import check_positive_int, check_probability
 
 OPERATIONS = (
@@ -44,7 +44,7 @@ OPERATIONS = (
     "translate_x",
     "translate_y",
 )
-"""First those that map each channel value on its own, then blends, then geometry."""
+"""First those that change values, then geometry."""
 
 SKIPPED = -1
 MAX_LEVEL = 10.0
@@ -56,7 +56,6 @@ MAX_SHEAR = 0.3
 MAX_TRANSLATION_SHARE = 0.45
 SOLARIZE_ADD_BELOW = 128
 
-_FIRST_BLEND = OPERATIONS.index("color")
 _FIRST_WARP = OPERATIONS.index("rotate")
 
 
@@ -108,8 +107,8 @@ def draw_rand_augment(options: RandAugmentOptions | None, size: int, rng: np.ran
     """
     drawn = [] if options is None else [_draw_operation(options, size, rng) for _ in range(options.num_ops)]
     return RandAugmentParams(
-        operation=torch.tensor([operation for operation, _ in drawn], dtype=torch.int64),
-        argument=torch.tensor([argument for _, argument in drawn], dtype=torch.float32),
+        operation=torch.from_numpy(np.array([operation for operation, _ in drawn], dtype=np.int64)),
+        argument=torch.from_numpy(np.array([argument for _, argument in drawn], dtype=np.float32)),
     )
 
 
@@ -160,52 +159,41 @@ def rand_augment(images: Tensor, params: RandAugmentParams) -> Tensor:
     """
     for step in range(params.operation.shape[1]):
         operation, argument = params.operation[:, step], params.argument[:, step]
-        is_warp = operation >= _FIRST_WARP
-        is_blend = (operation >= _FIRST_BLEND) & ~is_warp
-        is_mapping = (operation != SKIPPED) & (operation < _FIRST_BLEND)
-        images = apply_to_rows(is_mapping, map_values, images, operation, argument)
-        images = apply_to_rows(is_blend, blend_by_operation, images, operation, argument)
-        images = apply_to_rows(is_warp, warp, images, operation, argument)
+        images = apply_by_choice(operation, _COLOUR_OPERATIONS, images, argument)
+        images = apply_to_rows(operation >= _FIRST_WARP, warp, images, operation, argument)
     return images
 
 
-def map_values(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:
-    """The operations that map each channel value on its own, by a table per image and channel.
-
-    Args:
-        images: Whole numbers in [0, 255], shape (N, 3, H, W).
-        operation: Indices into `OPERATIONS`, below those of the blends, shape (N,).
-        argument: Shape (N,).
-    """
-    indices = images.flatten(2).long()
-    operation, argument = operation[:, None, None], argument[:, None, None]
-    value = torch.arange(256, device=images.device)
-    histogram = torch.zeros((*images.shape[:2], 256), dtype=torch.int64, device=images.device)
-    histogram.scatter_add_(2, indices, torch.ones_like(indices))
-    keep = 8 - argument.long()
-    tables = (
-        _auto_contrast_table(images),
-        _equalize_table(histogram),
-        255 - value,
-        (value >> keep) << keep,
-        invert_from(value, argument),
-        torch.where(value < SOLARIZE_ADD_BELOW, (value + argument.long()).clamp(max=255), value),
-    )
-    table = value.expand_as(histogram)
-    for index, candidate in enumerate(tables):
-        table = torch.where(operation == index, candidate, table)
-    return table.gather(2, indices).to(images.dtype).view_as(images)
-
-
-def _auto_contrast_table(images: Tensor) -> Tensor:
-    """Stretch the darkest to 0 and the brightest value to 255, per channel: int64, shape (N, 3, 256)."""
-    value = torch.arange(256, device=images.device, dtype=torch.float64)
+def auto_contrast(images: Tensor) -> Tensor:
+    """Stretch the darkest value of each channel to 0 and the brightest to 255."""
     # float64 as in Pillow: where scale * value is a whole number, float32 may fall just short of it.
-    least, most = (extreme.double()[..., None] for extreme in (images.amin((2, 3)), images.amax((2, 3))))
+    least, most = (extreme.double() for extreme in (images.amin((2, 3), True), images.amax((2, 3), True)))
     # Not 255 / range, which torch computes as a reciprocal times 255, a rounding more.
     scale = torch.full_like(most, 255.0) / (most - least).clamp(min=1)
-    stretched = (value * scale - least * scale).trunc().clamp(0, 255)
-    return torch.where(most > least, stretched, value).long()
+    is_flat = most == least
+    scale, offset = torch.where(is_flat, 1.0, scale), torch.where(is_flat, 0.0, least * scale)
+    return (images * scale).sub_(offset).clamp_(0, 255).floor_().to(images.dtype)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Level the histogram of each channel, by a table per image and channel."""
+    indices = images.flatten(2).long()
+    histogram = torch.zeros((*images.shape[:2], 256), dtype=torch.int64, device=images.device)
+    histogram.scatter_add_(2, indices, torch.ones_like(indices))
+    return _equalize_table(histogram).to(images.dtype).gather(2, indices).view_as(images)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the `bits` (N,) most significant of eight."""
+    bits = bits.long()[:, None, None, None]
+    step = (torch.ones_like(bits) << (8 - bits)).to(images.dtype)
+    return (images / step).floor_().mul_(step)
+
+
+def solarize_add(images: Tensor, increment: Tensor) -> Tensor:
+    """Add `increment` (N,) to the dark values."""
+    is_dark = (SOLARIZE_ADD_BELOW - images).clamp_(0, 1)
+    return torch.addcmul(images, is_dark, increment.trunc()[:, None, None, None]).clamp_(max=255)
 
 
 def _equalize_table(histogram: Tensor) -> Tensor:
@@ -216,16 +204,6 @@ def _equalize_table(histogram: Tensor) -> Tensor:
     divisor = step.clamp(min=1)
     table = (divisor // 2 + histogram.cumsum(2) - histogram) // divisor
     return torch.where(step > 0, table.clamp(max=255), value)
-
-
-def blend_by_operation(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """Color, contrast, brightness and sharpness: blends from a poorer image, each image (N) by its own operation."""
-    grey = grey_values(images)
-    operation = operation[:, None, None, None]
-    start = torch.where(operation == OPERATIONS.index("sharpness"), _smooth(images), grey)
-    start = torch.where(operation == OPERATIONS.index("contrast"), mean_grey(grey), start)
-    start = torch.where(operation == OPERATIONS.index("brightness"), 0.0, start)
-    return blend(start, images, factor)
 
 
 def _smooth(images: Tensor) -> Tensor:
@@ -239,6 +217,24 @@ def _smooth(images: Tensor) -> Tensor:
     inside = images[..., 1:-1, 1:-1]
     result[..., 1:-1, 1:-1] = total.add_(inside, alpha=4).div_(13).add_(0.5).floor_()
     return result
+
+
+_COLOUR_OPERATIONS: dict[int, Operation] = {
+    OPERATIONS.index(name): operation
+    for name, operation in {
+        "auto_contrast": lambda images, _: auto_contrast(images),
+        "equalize": lambda images, _: equalize(images),
+        "invert": lambda images, _: 255 - images,
+        "posterize": posterize,
+        "solarize": lambda images, threshold: invert_from(images, threshold[:, None, None, None]),
+        "solarize_add": solarize_add,
+        "color": lambda images, factor: blend(grey_values(images), images, factor),
+        "contrast": lambda images, factor: blend(flat_grey(images), images, factor),
+        "brightness": lambda images, factor: blend(black(images), images, factor),
+        "sharpness": lambda images, factor: blend(_smooth(images), images, factor),
+    }.items()
+}
+"""Those that move no pixel, by their index: (images, argument (N,)) -> images."""
 
 
 def warp(images: Tensor, operation: Tensor, argument: Tensor) -> Tensor:

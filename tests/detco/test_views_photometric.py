@@ -19,8 +19,10 @@ from detco.views.photometric import (
     draw_photometric,
     flip,
     grey_values,
+    invert_from,
     jitter_colours,
     make_grey,
+    mean_grey,
     normalise,
     shift_hue,
 )
@@ -102,6 +104,19 @@ def test_neutral_jitter_changes_nothing(photos):
     assert torch.equal(jitter_colours(images, torch.arange(4).expand(len(photos), 4), neutral), images)
 
 
+def test_jitter_of_all_rows_at_once_is_that_of_each_image_bit_for_bit(photos, monkeypatch):
+    images = oracle.to_batch(photos)
+    rng = np.random.default_rng(3)
+    orders = torch.from_numpy(np.stack([rng.permutation(4) for _ in photos]))
+    factors = torch.from_numpy(rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (5, 4)).astype(np.float32))
+    factors[0] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors[1, HUE] = 0.003  # less than one step of an 8-bit hue
+    factors[2, :HUE] = 1.0
+    one_by_one = jitter_colours(images, orders, factors)
+    monkeypatch.setattr("detco.views.rows.is_on_cpu", lambda values: False)
+    assert torch.equal(jitter_colours(images, orders, factors), one_by_one)
+
+
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.03, 0.06, 0.1, 0.33, 0.5])
 def test_hue_equals_torchvision_on_pillow_images(photos, shift):
     ours = shift_hue(oracle.to_batch(photos), torch.full((len(photos),), shift))
@@ -146,6 +161,23 @@ def test_grey_is_exact_for_every_extreme_colour():
     colours = torch.cartesian_prod(*3 * [torch.tensor([0.0, 1.0, 127.0, 254.0, 255.0])]).T[None, :, None]
     red, green, blue = colours.long()[0]
     assert torch.equal(grey_values(colours)[0, 0].long(), (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16)
+
+
+def test_mean_grey_is_rounded_half_up_and_exact_where_float32_is_not():
+    # A plain float32 sum of this image is beyond 2**24, where it holds even numbers only.
+    grey = torch.full((2, 1, 300, 301), 255.0)
+    grey[1, :, :150] = 0.0
+    assert mean_grey(grey).flatten().tolist() == [255.0, 128.0]
+    grey[0, :, 0, :2] = 0.0
+    assert mean_grey(grey - 254)[0].item() == 1.0
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 128, 255, 256])
+def test_invert_from_equals_pillow_for_every_value(threshold):
+    values = torch.arange(256).view(1, 1, 16, 16)
+    picture = oracle.Image.fromarray(values[0, 0].byte().numpy())
+    expected = torch.from_numpy(np.array(oracle.ImageOps.solarize(picture, threshold))).float()
+    assert torch.equal(invert_from(values.float(), threshold)[0, 0], expected)
 
 
 def test_flip_mirrors_the_marked_images_only(photos):
