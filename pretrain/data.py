@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -19,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from detco.views.base import ProposalRecipe, ViewRecipe
-from detco.views.host import decode, sample_generator
+from detco.views.host import sample_generator
+from detco.views.photo import Photo, UnreadableImage
+from pretrain import fork_server
 from pretrain.bad_samples import BadSample, BadSampleLog, TooManyBadSamples
-from pretrain.images import ImageList
+from pretrain.images import ImageList, ImagesLost
 from pretrain.proposals.store import ProposalsError, ProposalStore
 
 __all__ = [
@@ -40,9 +41,6 @@ __all__ = [
 MAX_UNREADABLE_IN_A_ROW = 2000
 """How many files are tried for one sample: more than a folder of ImageNet holds, so that one lost folder is survived,
 and few enough that a lost disk is noticed at once."""
-
-PRELOADED_MODULES = ["torch", "torchvision", "pretrain.data"]
-"""What the fork server imports once, so that a worker starts in milliseconds."""
 
 SampleT = TypeVar("SampleT")
 
@@ -79,7 +77,7 @@ class WorkerDied(RuntimeError):
     """A loader worker ended without an exception of its own: killed, out of memory, or crashed in a decoder."""
 
 
-ENDS_THE_RUN = (TooManyBadSamples, WorkerDied, ProposalsError)
+ENDS_THE_RUN = (TooManyBadSamples, WorkerDied, ImagesLost, ProposalsError)
 """What a loader raises when the run cannot go on; the message is all the user needs."""
 
 
@@ -177,10 +175,24 @@ class PretrainDataset(Dataset[Item], Generic[SampleT]):
             TooManyBadSamples: If the next `MAX_UNREADABLE_IN_A_ROW` files cannot be read either.
             ProposalsError: If the proposals are of another version of the image.
         """
-        epoch, index = epoch_and_index
-        image, index_read, bad = self._next_readable(index)
-        rng = sample_generator(seed=self._seed, epoch=epoch, index=index)
-        return Item(self._draw(image, index_read, rng), index, bad)
+        epoch, asked = epoch_and_index
+        reason = ""
+        num_tries = min(MAX_UNREADABLE_IN_A_ROW, len(self))
+        for offset in range(num_tries):
+            index = (asked + offset) % len(self)
+            try:
+                photo = self._open(index)
+                # What a photo that proves to be damaged has drawn before does not count.
+                sample = self._draw(photo, index, sample_generator(seed=self._seed, epoch=epoch, index=asked))
+            except UnreadableImage as error:
+                reason = reason or str(error)
+            else:
+                bad = BadSample(self._images.name(asked), reason, self._images.name(index)) if offset else None
+                return Item(sample, asked, bad)
+        raise TooManyBadSamples(
+            f"{num_tries} images in a row cannot be read, the first is {self._images.name(asked)} ({reason}); "
+            f"check that {self._images.root} holds whole image files and is reachable from this machine"
+        )
 
     def __getitems__(self, epochs_and_indices: Sequence[tuple[int, int]]) -> list[Item] | _Failure:
         """The samples of a batch, as torch's loader asks for them."""
@@ -189,37 +201,23 @@ class PretrainDataset(Dataset[Item], Generic[SampleT]):
         except ENDS_THE_RUN as error:
             return _Failure(error)
 
-    def _draw(self, image: Tensor, index: int, rng: np.random.Generator) -> SampleT:
-        if self._proposals is None:
-            return self._recipe.draw(image, rng)
-        assert isinstance(self._recipe, ProposalRecipe)
-        height, width = image.shape[1:]
+    def _open(self, index: int) -> Photo:
         try:
-            proposals = self._proposals.of(index, width, height)
-        except ProposalsError as error:
-            raise ProposalsError(f"{self._images.path(index)}: {error}") from error
-        sample: SampleT = self._recipe.draw_with_proposals(image, proposals, rng)
-        return sample
+            data = self._images.read(index)
+        except OSError as error:
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        return Photo.open(data)
 
-    def _next_readable(self, index: int) -> tuple[Tensor, int, BadSample | None]:
-        """The image of `index` or the next one that can be read, its index, and why it is not the one asked for."""
-        asked = self._images.path(index)
-        reason = ""
-        num_tries = min(MAX_UNREADABLE_IN_A_ROW, len(self))
-        for offset in range(num_tries):
-            index_read = (index + offset) % len(self)
-            path = self._images.path(index_read)
-            try:
-                image = decode(path.read_bytes())
-            except (OSError, ValueError) as error:
-                reason = reason or f"{type(error).__name__}: {error}"
-            else:
-                bad = BadSample(str(asked), reason, used_instead=str(path)) if offset else None
-                return image, index_read, bad
-        raise TooManyBadSamples(
-            f"{num_tries} images in a row cannot be read, the first is {asked} ({reason}); "
-            f"check that {self._images.root} holds whole image files and is reachable from this machine"
-        )
+    def _draw(self, photo: Photo, index: int, rng: np.random.Generator) -> SampleT:
+        if self._proposals is None:
+            return self._recipe.draw(photo, rng)
+        assert isinstance(self._recipe, ProposalRecipe)
+        try:
+            proposals = self._proposals.of(index, photo.width, photo.height)
+        except ProposalsError as error:
+            raise ProposalsError(f"{self._images.name(index)}: {error}") from error
+        sample: SampleT = self._recipe.draw_with_proposals(photo, proposals, rng)
+        return sample
 
 
 def _collate(items: Sequence[Item] | _Failure) -> Batch | _Failure:
@@ -311,8 +309,7 @@ def build_loader(
     context = None
     if num_workers:
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED_MODULES)
-        forkserver.ensure_running()  # its imports take seconds; meanwhile the caller builds the model
+        fork_server.start()  # its imports take seconds; meanwhile the caller builds the model
     dataset = PretrainDataset(images, recipe, seed, proposals)
     return PretrainLoader(
         cast(Dataset[Batch], dataset),  # DataLoader has no type for what collate returns

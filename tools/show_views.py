@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 from view_boxes import Colour, colours_of, draw_boxes, draw_proposals, label_of
 
 from detco.artifact import Preprocess
-from detco.views import BoxSet, PairedView, Proposals, decode, sample_generator
+from detco.views import BoxSet, PairedView, Photo, Proposals, sample_generator
 from pretrain.config import build_recipe, load_config
 from pretrain.images import ImageList, list_images
 from pretrain.proposals.store import ProposalStore
@@ -190,18 +190,18 @@ def make_sheet(
     """Draw the views of some images by one recipe; `proposals` are those of the images, for a ProposalRecipe."""
     originals, samples = [], []
     for index in pick_indices(len(images), num_images):
-        image = decode(images.path(index).read_bytes())
+        photo = Photo.open(images.read(index))
         rng = sample_generator(seed=seed, epoch=epoch, index=index)
-        original = to_picture(image)
+        original = to_picture(photo.pixels())
         original.thumbnail((ORIGINAL_SIZE, ORIGINAL_SIZE))
         if proposals is None:
-            samples.append(recipe.draw(image, rng))
+            samples.append(recipe.draw(photo, rng))
         else:
-            size = (image.shape[2], image.shape[1])
+            size = (photo.width, photo.height)
             found = proposals.of(index, *size)
             original, num_shown = draw_proposals(original, found.boxes_image_px, size)
             original = add_caption(original, count_proposals(found, num_shown))
-            samples.append(recipe.draw_with_proposals(image, found, rng))
+            samples.append(recipe.draw_with_proposals(photo, found, rng))
         originals.append(original)
     all_views = recipe.render(default_collate(samples))
     if proposals is not None:

@@ -2,9 +2,10 @@
 
 from detco.views.base import ProposalRecipe, Proposals, ViewRecipe
 from detco.views.detco import DetCoRecipe, DetCoSample, DetCoViews, PatchSample
-from detco.views.host import decode, sample_generator
+from detco.views.host import sample_generator
 from detco.views.moco import GlobalSample, MoCoRecipe, MoCoSample, MoCoViews
 from detco.views.object_views import BoxSet, ObjectSample, PairedSample, PairedView
+from detco.views.photo import Photo, UnreadableImage, decode
 from detco.views.soco import (
     SoCoC4Recipe,
     SoCoC4Sample,
@@ -30,6 +31,7 @@ __all__ = [
     "PairedSample",
     "PairedView",
     "PatchSample",
+    "Photo",
     "ProposalRecipe",
     "Proposals",
     "SoCoC4Recipe",
@@ -41,6 +43,7 @@ __all__ = [
     "SoCoStarRecipe",
     "SoCoStarSample",
     "SoCoStarViews",
+    "UnreadableImage",
     "ViewRecipe",
     "decode",
     "sample_generator",

@@ -1,14 +1,13 @@
-"""The contract of a view recipe: how one method's views are made from a decoded image.
+"""The contract of a view recipe: how one method's views are made from an image.
 
-The work is split where the data is smallest. The *host* half runs in loader workers: it cuts and resizes uint8 crops
-and draws every random parameter of the sample. The *device* half runs in the training process, on whole batches, and
-is a pure function of crops and parameters. So the number of workers, processes and devices changes no view, and any
-sample can be replayed from (seed, epoch, index) alone.
+The work is split where the data is smallest. The *host* half runs in loader workers: it draws every random parameter
+of the sample and has its uint8 crops decoded, cut and resized. The *device* half runs in the training process, on whole
+batches, and is a pure function of crops and parameters. So the number of workers, processes and devices changes no
+view, and any sample can be replayed from (seed, epoch, index) alone.
 
 Shape legend:
-    N     images in a batch
-    M     unique proposals of an image
-    H, W  height and width of the decoded image, in pixels
+    N  images in a batch
+    M  unique proposals of an image
 """
 
 from abc import ABC, abstractmethod
@@ -16,9 +15,9 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from detco.artifact import Preprocess
+from detco.views.photo import Photo
 
 SampleT = TypeVar("SampleT")
 ViewsT = TypeVar("ViewsT")
@@ -38,12 +37,15 @@ class ViewRecipe(ABC, Generic[SampleT, ViewsT]):
     """What `render` does to pixels last, and so what a detector must do to its images."""
 
     @abstractmethod
-    def draw(self, image: Tensor, rng: np.random.Generator) -> SampleT:
-        """Host half: cut the crops of one image and draw its parameters.
+    def draw(self, photo: Photo, rng: np.random.Generator) -> SampleT:
+        """Host half: draw the parameters of one image and cut its crops.
 
         Args:
-            image: RGB, uint8, shape (3, H, W).
+            photo: The image.
             rng: The only source of randomness.
+
+        Raises:
+            UnreadableImage: If the image turns out to be damaged.
         """
 
     @abstractmethod
@@ -55,7 +57,7 @@ class Proposals(NamedTuple):
     """Boxes of one image in which an object may lie. M may be 0."""
 
     boxes_image_px: NDArray[np.float32]
-    """Unique boxes (x1, y1, x2, y2), edges in pixels of the decoded image, inside it, shape (M, 4)."""
+    """Unique boxes (x1, y1, x2, y2), edges in pixels of the image, inside it, shape (M, 4)."""
 
     multiplicity: NDArray[np.int64]
     """How often the generator made each of them, at least 1, shape (M,)."""
@@ -70,15 +72,18 @@ class ProposalRecipe(ViewRecipe[SampleT, ViewsT]):
     """A recipe whose views carry boxes, chosen from proposals that were made beforehand."""
 
     @abstractmethod
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> SampleT:
-        """Host half: cut the crops of one image, choose its boxes and draw its parameters.
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> SampleT:
+        """Host half: choose the boxes of one image, draw its parameters and cut its crops.
 
         Args:
-            image: RGB, uint8, shape (3, H, W).
+            photo: The image.
             proposals: Of this very image. Without any, the whole image is the only object.
             rng: The only source of randomness.
+
+        Raises:
+            UnreadableImage: If the image turns out to be damaged.
         """
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> SampleT:
+    def draw(self, photo: Photo, rng: np.random.Generator) -> SampleT:
         """Host half without proposals: the whole image is the only object."""
-        return self.draw_with_proposals(image, Proposals.none(), rng)
+        return self.draw_with_proposals(photo, Proposals.none(), rng)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from detco.artifact import IMAGENET_RGB
 from detco.views.base import ViewRecipe
-from detco.views.host import check_image, crop_and_resize, draw_crop_box
+from detco.views.host import CropBox, draw_crop_box
 from detco.views.moco import GlobalSample, MoCoRecipe, MoCoSample
+from detco.views.photo import Photo
 from detco.views.photometric import (
     PhotometricParams,
     apply_photometric,
@@ -35,7 +36,7 @@ from detco.views.photometric import (
     flip,
     normalise,
 )
-from detco.views.rows import render_rows
+from detco.views.rows import render_alike
 from detco.views.validation import check_choice, check_positive_int, check_range
 
 GRID = 3
@@ -59,6 +60,20 @@ class PatchSample(NamedTuple):
 
     offset: Tensor
     """Top and left of each patch inside its cell, in pixels; int64, shape (9, 2)."""
+
+
+class PatchDraw(NamedTuple):
+    """What was drawn for one patch set, before its crop is cut: see `PatchSample`."""
+
+    box: CropBox
+    is_flipped: Tensor
+    photometric: PhotometricParams
+    cell: Tensor
+    offset: Tensor
+
+    def with_crop(self, crop: Tensor) -> PatchSample:
+        """The patch set with the pixels of its box, shape (3, L, L)."""
+        return PatchSample(crop, self.is_flipped, self.photometric, self.cell, self.offset)
 
 
 class DetCoSample(NamedTuple):
@@ -158,37 +173,31 @@ class DetCoRecipe(ViewRecipe[DetCoSample, DetCoViews]):
         """Side of a grid cell in pixels."""
         return self.local_size // GRID
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> DetCoSample:
-        """Host half: four independent crops of one image and their parameters.
-
-        Raises:
-            ValueError: If the image is not uint8 of shape (3, H, W).
-        """
-        check_image(image)
-        global_sample = self.global_views.draw(image, rng)
+    def draw(self, photo: Photo, rng: np.random.Generator) -> DetCoSample:
+        """Host half: four independent crops of one image and their parameters."""
+        global_draws = self.global_views.draw_views(photo, rng)
+        patch_draws = self._draw_patches(photo, rng), self._draw_patches(photo, rng)
+        wanted = [(draw.box, self.global_views.global_size) for draw in global_draws]
+        crops = photo.crops(wanted + [(draw.box, self.local_size) for draw in patch_draws])
         return DetCoSample(
-            global_query=global_sample.query,
-            global_key=global_sample.key,
-            local_query=self._draw_patches(image, rng),
-            local_key=self._draw_patches(image, rng),
+            global_query=global_draws[0].with_crop(crops[0]),
+            global_key=global_draws[1].with_crop(crops[1]),
+            local_query=patch_draws[0].with_crop(crops[2]),
+            local_key=patch_draws[1].with_crop(crops[3]),
         )
 
     def render(self, batch: DetCoSample) -> DetCoViews:
         """Device half: the normalised views of a collated batch."""
         global_views = self.global_views.render(MoCoSample(batch.global_query, batch.global_key))
-        return DetCoViews(
-            global_query=global_views.global_query,
-            global_key=global_views.global_key,
-            local_query=render_rows(self._render_patches, batch.local_query),
-            local_key=render_rows(self._render_patches, batch.local_key),
-        )
+        local_query, local_key = render_alike(self._render_patches, batch.local_query, batch.local_key)
+        return DetCoViews(global_views.global_query, global_views.global_key, local_query, local_key)
 
-    def _draw_patches(self, image: Tensor, rng: np.random.Generator) -> PatchSample:
-        box = draw_crop_box(image.shape[1], image.shape[2], self.local_scale, self.global_views.crop_ratio, rng)
+    def _draw_patches(self, photo: Photo, rng: np.random.Generator) -> PatchDraw:
+        box = draw_crop_box(photo.height, photo.width, self.local_scale, self.global_views.crop_ratio, rng)
         cell = rng.permutation(NUM_PATCHES) if self.patch_order == "shuffled" else np.arange(NUM_PATCHES)
         play = self.cell_size - self.patch_size
-        return PatchSample(
-            crop=crop_and_resize(image, box, self.local_size),
+        return PatchDraw(
+            box=box,
             is_flipped=draw_flip(self.global_views.flip_prob, rng),
             photometric=self._draw_colours(rng),
             cell=torch.from_numpy(cell),

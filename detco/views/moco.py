@@ -19,7 +19,8 @@ from torch import Tensor
 
 from detco.artifact import IMAGENET_RGB
 from detco.views.base import ViewRecipe
-from detco.views.host import check_image, crop_and_resize, draw_crop_box
+from detco.views.host import CropBox, draw_crop_box
+from detco.views.photo import Photo
 from detco.views.photometric import (
     PhotometricOptions,
     PhotometricParams,
@@ -33,7 +34,7 @@ from detco.views.photometric import (
     normalise,
 )
 from detco.views.rand_augment import RandAugmentOptions, RandAugmentParams, draw_rand_augment, rand_augment
-from detco.views.rows import render_rows
+from detco.views.rows import render_alike
 from detco.views.validation import check_positive_int, check_probability, check_range
 
 
@@ -48,6 +49,19 @@ class GlobalSample(NamedTuple):
 
     photometric: PhotometricParams
     rand_augment: RandAugmentParams
+
+
+class GlobalDraw(NamedTuple):
+    """What was drawn for one global view, before its crop is cut: see `GlobalSample`."""
+
+    box: CropBox
+    is_flipped: Tensor
+    photometric: PhotometricParams
+    rand_augment: RandAugmentParams
+
+    def with_crop(self, crop: Tensor) -> GlobalSample:
+        """The view with the pixels of its box, shape (3, S, S)."""
+        return GlobalSample(crop, self.is_flipped, self.photometric, self.rand_augment)
 
 
 class MoCoSample(NamedTuple):
@@ -126,26 +140,23 @@ class MoCoRecipe(ViewRecipe[MoCoSample, MoCoViews]):
         )
         self.rand_augment = options if rand_augment else None
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> MoCoSample:
-        """Host half: two independent crops of one image and their parameters.
+    def draw(self, photo: Photo, rng: np.random.Generator) -> MoCoSample:
+        """Host half: two independent crops of one image and their parameters."""
+        draws = self.draw_views(photo, rng)
+        crops = photo.crops([(draw.box, self.global_size) for draw in draws])
+        return MoCoSample(*(draw.with_crop(crop) for draw, crop in zip(draws, crops, strict=True)))
 
-        Raises:
-            ValueError: If the image is not uint8 of shape (3, H, W).
-        """
-        check_image(image)
-        return MoCoSample(query=self._draw_view(image, rng), key=self._draw_view(image, rng))
+    def draw_views(self, photo: Photo, rng: np.random.Generator) -> tuple[GlobalDraw, GlobalDraw]:
+        """Draw the query and the key view of one image, without cutting them."""
+        return self._draw_view(photo, rng), self._draw_view(photo, rng)
 
     def render(self, batch: MoCoSample) -> MoCoViews:
         """Device half: the normalised views of a collated batch."""
-        return MoCoViews(
-            global_query=render_rows(self._render_view, batch.query),
-            global_key=render_rows(self._render_view, batch.key),
-        )
+        return MoCoViews(*render_alike(self._render_view, batch.query, batch.key))
 
-    def _draw_view(self, image: Tensor, rng: np.random.Generator) -> GlobalSample:
-        box = draw_crop_box(image.shape[1], image.shape[2], self.global_scale, self.crop_ratio, rng)
-        return GlobalSample(
-            crop=crop_and_resize(image, box, self.global_size),
+    def _draw_view(self, photo: Photo, rng: np.random.Generator) -> GlobalDraw:
+        return GlobalDraw(
+            box=draw_crop_box(photo.height, photo.width, self.global_scale, self.crop_ratio, rng),
             is_flipped=draw_flip(self.flip_prob, rng),
             photometric=draw_photometric(self.photometric, rng),
             rand_augment=draw_rand_augment(self.rand_augment, self.global_size, rng),

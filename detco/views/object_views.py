@@ -5,15 +5,15 @@ views other than the whole one form no pairs among themselves. Every flip is dra
 mirrored with their view.
 
 Shape legend:
-    N     images in a batch
-    K     boxes of a view
-    S     side of a view, in pixels
-    H, W  height and width of the decoded image, in pixels
+    N  images in a batch
+    K  boxes of a view
+    S  side of a view, in pixels
 
 Source and departures: see `detco.views.soco`. Order of operations: flip, jitter, grey, blur, solarise, normalise,
 cut-out.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -26,7 +26,7 @@ from detco.artifact import IMAGENET_RGB
 from detco.boxes import mirror, scale, to_view
 from detco.views.base import ProposalRecipe, Proposals, SampleT, ViewsT
 from detco.views.cutout import blank, draw_cutout
-from detco.views.host import CropBox, check_image, crop_and_resize
+from detco.views.host import CropBox, crop_and_resize
 from detco.views.objects import (
     BoxOptions,
     CropOptions,
@@ -38,6 +38,7 @@ from detco.views.objects import (
     draw_cuts,
     list_objects,
 )
+from detco.views.photo import Photo
 from detco.views.photometric import (
     PhotometricOptions,
     PhotometricParams,
@@ -105,18 +106,6 @@ class PairedView(NamedTuple):
     boxes_in_whole: BoxSet
 
 
-class Source(NamedTuple):
-    """Where one image's views come from."""
-
-    whole: Tensor
-    """The whole view, RGB, uint8, shape (3, S, S)."""
-
-    cut_from: Tensor
-    """What the crop boxes lie in: the image or the whole view; RGB, uint8, shape (3, H, W)."""
-
-    cuts: list[Cut]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
     """Makes views in pairs with the whole image. The fields, with those of `BoxOptions`, are the recipe's keywords.
@@ -170,7 +159,15 @@ class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
         for name in (*probabilities, "flip_prob", "cutout_prob"):
             check_probability(name, getattr(self, name))
         check_range("cutout_area", self.cutout_area, low=0.0, high=1.0, low_open=True)
-        self._colours(self.blur_prob_whole)  # refuses its own settings
+        self._whole_colours  # noqa: B018  # refuses its own settings
+
+    @functools.cached_property
+    def _whole_colours(self) -> PhotometricOptions:
+        return self._colours(self.blur_prob_whole)
+
+    @functools.cached_property
+    def _crop_colours(self) -> PhotometricOptions:
+        return self._colours(self.blur_prob_crop)
 
     def _colours(self, blur_prob: float) -> PhotometricOptions:
         return PhotometricOptions(
@@ -185,47 +182,56 @@ class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
         """Largest size of a box on each pyramid level, in pixels of its view; without a pyramid one level takes all."""
         return (math.inf,)
 
-    def draw_source(
-        self, image: Tensor, proposals: Proposals, rng: np.random.Generator, *, num_crops: int, shared_boxes: bool
-    ) -> Source:
+    def choose_cuts(
+        self, photo: Photo, proposals: Proposals, rng: np.random.Generator, *, num_crops: int, shared_boxes: bool
+    ) -> list[Cut]:
         """Draw where the crops of an image lie and which boxes their pairs have.
 
         Args:
-            image: RGB, uint8, shape (3, H, W).
+            photo: The image.
             proposals: Of this image.
             rng: The only source of randomness.
             num_crops: Pairs with boxes of their own.
             shared_boxes: One draw of objects for all pairs.
 
         Raises:
-            ValueError: If the image is not uint8 of shape (3, H, W), or the proposals are not boxes inside it.
+            ValueError: If the proposals are not boxes inside the image.
         """
-        check_image(image)
-        height, width = image.shape[1:]
+        height, width = photo.height, photo.width
         objects = list_objects(proposals, height, width, dedup=self.dedup)
-        whole = resize(image, self.view_size)
-        cut_from = image
         if self.crop_frame == "whole":
-            cut_from = whole
             boxes_view = to_view(objects.boxes, (0, 0, width, height))
             objects = objects._replace(boxes=scale(boxes_view, self.view_size, self.view_size))
-        cuts = draw_cuts(
-            Scene(cut_from.shape[1], cut_from.shape[2], objects),
+            height = width = self.view_size
+        return draw_cuts(
+            Scene(height, width, objects),
             num_crops=num_crops,
             crop=CropOptions(self.crop_scale, self.crop_ratio),
             boxes=self,
             shared_boxes=shared_boxes,
             rng=rng,
         )
-        return Source(whole, cut_from, cuts)
+
+    def cut_views(self, photo: Photo, *wanted: tuple[Cut, int]) -> list[Tensor]:
+        """The pixels of the whole view, then those of each wanted cut at its size S: RGB, uint8, shape (3, S, S).
+
+        Raises:
+            UnreadableImage: If the image turns out to be damaged.
+        """
+        whole_view = (CropBox(0, 0, photo.height, photo.width), self.view_size)
+        crops = [(cut.crop_box, size) for cut, size in wanted]
+        if self.crop_frame == "image":
+            return photo.crops([whole_view, *crops])
+        (whole,) = photo.crops([whole_view])
+        return [whole, *Photo.of(whole).crops(crops)]
 
     def draw_whole(self, pixels: Tensor, rng: np.random.Generator) -> ObjectSample:
         """Draw what happens to the whole view (3, S, S)."""
         return ObjectSample(
             crop=pixels,
             is_flipped=draw_flip(self.flip_prob, rng),
-            photometric=draw_photometric(self._colours(self.blur_prob_whole), rng),
-            is_solarised=torch.tensor(rng.random() < self.solarise_prob_whole),
+            photometric=draw_photometric(self._whole_colours, rng),
+            is_solarised=torch.from_numpy(np.array(rng.random() < self.solarise_prob_whole)),
             cutout_view=torch.zeros(self.num_boxes, 4),
         )
 
@@ -242,13 +248,15 @@ class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
             cutout_prob: Chance of each of its boxes to have a square blanked.
         """
         is_flipped = draw_flip(self.flip_prob, rng)
-        photometric = draw_photometric(self._colours(self.blur_prob_crop), rng)
-        is_solarised = torch.tensor(rng.random() < self.solarise_prob_crop)
+        photometric = draw_photometric(self._crop_colours, rng)
+        is_solarised = torch.from_numpy(np.array(rng.random() < self.solarise_prob_crop))
         cutout_view = draw_cutout(pair.in_crop.boxes, prob=cutout_prob, area_share=self.cutout_area, rng=rng)
         if is_flipped:
             cutout_view = np.where(cutout_view.any(1, keepdims=True), mirror(cutout_view), 0.0)
         return PairedSample(
-            view=ObjectSample(pixels, is_flipped, photometric, is_solarised, torch.from_numpy(cutout_view).float()),
+            view=ObjectSample(
+                pixels, is_flipped, photometric, is_solarised, torch.from_numpy(cutout_view.astype(np.float32))
+            ),
             boxes=self._box_set(pair.in_crop, pixels, is_flipped),
             boxes_in_whole=self._box_set(pair.in_whole, whole.crop, whole.is_flipped),
         )
@@ -256,7 +264,7 @@ class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
     def _box_set(self, objects: Objects, pixels: Tensor, is_flipped: Tensor) -> BoxSet:
         boxes_view = mirror(objects.boxes) if is_flipped else objects.boxes
         return BoxSet(
-            boxes_view=torch.from_numpy(boxes_view).float(),
+            boxes_view=torch.from_numpy(boxes_view.astype(np.float32)),
             ids=torch.from_numpy(objects.ids),
             levels=torch.from_numpy(assign_levels(boxes_view, pixels.shape[-1], self.level_limits())),
         )
@@ -279,6 +287,6 @@ class PairRecipe(BoxOptions, ProposalRecipe[SampleT, ViewsT]):
         return PairedView(render_rows(self._render_view, sample.view), sample.boxes, sample.boxes_in_whole)
 
 
-def resize(image: Tensor, size: int) -> Tensor:
-    """Squeeze a whole image (3, H, W) into a square (3, size, size)."""
-    return crop_and_resize(image, CropBox(0, 0, image.shape[1], image.shape[2]), size)
+def shrink(pixels: Tensor, size: int) -> Tensor:
+    """A view (3, S, S) at another size: (3, size, size)."""
+    return crop_and_resize(pixels, CropBox(0, 0, pixels.shape[1], pixels.shape[2]), size)

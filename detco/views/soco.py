@@ -22,8 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from detco.views.base import Proposals, SampleT, ViewsT
-from detco.views.host import crop_and_resize
-from detco.views.object_views import BoxSet, ObjectSample, PairedSample, PairedView, PairRecipe, resize
+from detco.views.object_views import BoxSet, ObjectSample, PairedSample, PairedView, PairRecipe, shrink
+from detco.views.photo import Photo
 from detco.views.validation import check_choice, check_positive_int
 
 __all__ = [
@@ -103,12 +103,11 @@ class SoCoC4Recipe(PairRecipe[SoCoC4Sample, SoCoC4Views]):
     crop_scale: tuple[float, float] = (0.6, 1.0)
     box_jitter_prob: float = 0.0
 
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> SoCoC4Sample:
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> SoCoC4Sample:
         """Host half: the views of one image, unrendered."""
-        source = self.draw_source(image, proposals, rng, num_crops=1, shared_boxes=False)
-        (cut,) = source.cuts
-        whole = self.draw_whole(source.whole, rng)
-        pixels = crop_and_resize(source.cut_from, cut.crop_box, self.view_size)
+        (cut,) = self.choose_cuts(photo, proposals, rng, num_crops=1, shared_boxes=False)
+        whole_pixels, pixels = self.cut_views(photo, (cut, self.view_size))
+        whole = self.draw_whole(whole_pixels, rng)
         return SoCoC4Sample(whole, self.draw_paired(pixels, cut.pair, whole, rng, cutout_prob=self.cutout_prob))
 
     def render(self, batch: SoCoC4Sample) -> SoCoC4Views:
@@ -158,17 +157,18 @@ class SoCoFPNRecipe(PyramidRecipe[SoCoFPNSample, SoCoFPNViews]):
         super().__post_init__()
         check_choice("small_view", self.small_view, get_args(SmallView))
 
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> SoCoFPNSample:
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> SoCoFPNSample:
         """Host half: the views of one image, unrendered."""
         num_crops = 2 if self.small_view == "crop" else 1
-        source = self.draw_source(image, proposals, rng, num_crops=num_crops, shared_boxes=self.shared_boxes)
-        cut, small_cut = source.cuts[0], source.cuts[-1]
-        pixels = crop_and_resize(source.cut_from, cut.crop_box, self.view_size)
+        cuts = self.choose_cuts(photo, proposals, rng, num_crops=num_crops, shared_boxes=self.shared_boxes)
+        cut, small_cut = cuts[0], cuts[-1]
         if self.small_view == "crop":
-            small_pixels = crop_and_resize(source.cut_from, small_cut.crop_box, self.small_size)
+            wanted = ((cut, self.view_size), (small_cut, self.small_size))
+            whole_pixels, pixels, small_pixels = self.cut_views(photo, *wanted)
         else:
-            small_pixels = resize(pixels, self.small_size)
-        whole = self.draw_whole(source.whole, rng)
+            whole_pixels, pixels = self.cut_views(photo, (cut, self.view_size))
+            small_pixels = shrink(pixels, self.small_size)
+        whole = self.draw_whole(whole_pixels, rng)
         return SoCoFPNSample(
             whole=whole,
             crop=self.draw_paired(pixels, cut.pair, whole, rng, cutout_prob=self.cutout_prob),
@@ -196,14 +196,13 @@ class SoCoStarRecipe(PyramidRecipe[SoCoStarSample, SoCoStarViews]):
         super().__post_init__()
         check_positive_int("medium_size", self.medium_size)
 
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> SoCoStarSample:
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> SoCoStarSample:
         """Host half: the views of one image, unrendered."""
-        source = self.draw_source(image, proposals, rng, num_crops=2, shared_boxes=self.shared_boxes)
-        cut, medium_cut = source.cuts
-        pixels = crop_and_resize(source.cut_from, cut.crop_box, self.view_size)
-        small_pixels = resize(pixels, self.small_size)
-        medium_pixels = crop_and_resize(source.cut_from, medium_cut.crop_box, self.medium_size)
-        whole = self.draw_whole(source.whole, rng)
+        cut, medium_cut = self.choose_cuts(photo, proposals, rng, num_crops=2, shared_boxes=self.shared_boxes)
+        wanted = ((cut, self.view_size), (medium_cut, self.medium_size))
+        whole_pixels, pixels, medium_pixels = self.cut_views(photo, *wanted)
+        small_pixels = shrink(pixels, self.small_size)
+        whole = self.draw_whole(whole_pixels, rng)
         return SoCoStarSample(
             whole=whole,
             crop=self.draw_paired(pixels, cut.pair, whole, rng, cutout_prob=self.cutout_prob),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from detco.views import Proposals, SoCoC4Recipe, SoCoFPNRecipe, SoCoStarRecipe, sample_generator
+from detco.views import Photo, Proposals, SoCoC4Recipe, SoCoFPNRecipe, SoCoStarRecipe, sample_generator
 from detco.views.objects import WHOLE_VIEW_ID, assign_levels
 
 SMALL = {"view_size": 64, "small_size": 32, "medium_size": 48}
@@ -67,6 +67,10 @@ def small_recipe(recipe, **settings):
     return recipe(**STILL | {name: value for name, value in SMALL.items() if name in known} | settings)
 
 
+def black(height, width):
+    return Photo.of(torch.zeros(3, height, width, dtype=torch.uint8))
+
+
 def pixels(view, boxes):
     """What of a view the painted box must fill: its channels as rendered, and the box, both in pixels."""
     shown = view.crop.flip(-1) if view.is_flipped else view.crop
@@ -82,7 +86,7 @@ def painted_case(seed):
     x2 = x1 + 1 if seed % 5 == 0 else int(rng.integers(x1 + 1, width + 1))
     y2 = y1 + 1 if seed % 7 == 0 else int(rng.integers(y1 + 1, height + 1))
     mark = (int(rng.integers(x1, x2)), int(rng.integers(y1, y2)))
-    return torch.from_numpy(oracle.painted(height, width, (x1, y1, x2, y2), mark)), (x1, y1, x2, y2)
+    return Photo.of(torch.from_numpy(oracle.painted(height, width, (x1, y1, x2, y2), mark))), (x1, y1, x2, y2)
 
 
 VARIANTS = [
@@ -162,8 +166,7 @@ def test_levels_at_the_edges_of_their_ranges(size, level, aspect):
 
 def test_every_view_gives_a_box_the_level_of_its_own_size():
     recipe = SoCoStarRecipe(**STILL, flip_prob=0.5)
-    image = torch.zeros(3, 300, 260, dtype=torch.uint8)
-    sample = recipe.draw_with_proposals(image, proposals([(20, 30, 140, 200), (90, 80, 160, 290)]), rng_of(1))
+    sample = recipe.draw_with_proposals(black(300, 260), proposals([(20, 30, 140, 200), (90, 80, 160, 290)]), rng_of(1))
     levels = set()
     for pair, size in zip(pairs_of(sample), (224, 112, 192), strict=True):
         for boxes, side in ((pair.boxes, size), (pair.boxes_in_whole, 224)):
@@ -176,19 +179,19 @@ def test_every_view_gives_a_box_the_level_of_its_own_size():
 
 def test_c4_has_one_level_for_all_boxes():
     recipe = SoCoC4Recipe(view_size=512)
-    sample = recipe.draw_with_proposals(torch.zeros(3, 90, 90, dtype=torch.uint8), proposals(grid()), rng_of(0))
+    sample = recipe.draw_with_proposals(black(90, 90), proposals(grid()), rng_of(0))
     assert sample.crop.boxes.levels.tolist() == sample.crop.boxes_in_whole.levels.tolist() == [0, 0, 0, 0]
 
 
 def test_boxes_larger_than_the_last_level_match_nothing():
     recipe = SoCoFPNRecipe(level_max_sizes=(8.0, 16.0, 32.0, 64.0))
-    sample = recipe.draw(torch.zeros(3, 90, 90, dtype=torch.uint8), rng_of(0))
+    sample = recipe.draw(black(90, 90), rng_of(0))
     assert sample.crop.boxes.levels.tolist() == [-1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("recipe", [SoCoC4Recipe, SoCoFPNRecipe, SoCoStarRecipe])
 def test_without_proposals_the_whole_image_is_the_only_object(recipe):
-    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    image = black(60, 90)
     recipe = small_recipe(recipe)
     for sample in (recipe.draw(image, rng_of(0)), recipe.draw_with_proposals(image, Proposals.none(), rng_of(0))):
         for pair in pairs_of(sample):
@@ -200,7 +203,7 @@ def test_without_proposals_the_whole_image_is_the_only_object(recipe):
 @pytest.mark.parametrize("size", [(37, 211), (211, 37), (333, 499)])
 def test_crops_of_the_whole_view_lie_in_the_squeezed_image(size):
     """A crop ratio of 1 is a square of the view, so of the image a rectangle of the image's own shape."""
-    image = torch.zeros(3, *size, dtype=torch.uint8)
+    image = black(*size)
     settings = {"crop_ratio": (1.0, 1.0), "crop_scale": (0.5, 0.5), "flip_prob": 0.0}
     whole = (0, 0, size[1], size[0])
     for frame in ("image", "whole"):
@@ -209,10 +212,9 @@ def test_crops_of_the_whole_view_lie_in_the_squeezed_image(size):
         for index in range(20):
             sample = recipe.draw_with_proposals(image, proposals([whole]), rng_of(index))
             assert torch.equal(sample.crop.boxes_in_whole.boxes_view[0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
-            source = recipe.draw_source(image, proposals([whole]), rng_of(index), num_crops=1, shared_boxes=False)
-            height, width = source.cut_from.shape[1:]
-            crop_box = source.cuts[0].crop_box
-            shares.append((crop_box.height / height, crop_box.width / width))
+            (cut,) = recipe.choose_cuts(image, proposals([whole]), rng_of(index), num_crops=1, shared_boxes=False)
+            height, width = size if frame == "image" else (recipe.view_size, recipe.view_size)
+            shares.append((cut.crop_box.height / height, cut.crop_box.width / width))
         expected = math.sqrt(0.5)
         if frame == "whole":
             assert np.allclose(shares, expected, atol=0.02)
@@ -224,8 +226,7 @@ def test_boxes_along_the_image_edge_are_inside_a_crop_of_the_whole_view_that_is_
     settings = {"crop_frame": "whole", "outside_boxes": "drop", "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
     recipe = small_recipe(SoCoC4Recipe, **settings, view_size=63)
     for width in range(40, 140):  # 46, for one, times 63 / 46 is more than 63
-        image = torch.zeros(3, width + 3, width, dtype=torch.uint8)
-        sample = recipe.draw_with_proposals(image, proposals([(0, 0, width, width + 3)]), rng_of(0))
+        sample = recipe.draw_with_proposals(black(width + 3, width), proposals([(0, 0, width, width + 3)]), rng_of(0))
         assert sample.crop.boxes.ids.tolist() == [1, 1, 1, 1]
 
 
@@ -234,7 +235,7 @@ def test_a_small_view_that_is_the_resized_crop_has_its_pixels_and_its_boxes(reci
     rng = np.random.default_rng(0)
     smooth = np.kron(rng.integers(0, 256, (3, 9, 7)), np.ones((16, 16))).astype(np.uint8)
     for index in range(10):
-        sample = recipe.draw_with_proposals(torch.from_numpy(smooth), proposals(grid()), rng_of(index))
+        sample = recipe.draw_with_proposals(Photo.of(torch.from_numpy(smooth)), proposals(grid()), rng_of(index))
         crop, small = sample.crop, sample.small
         assert small.view.crop.shape == (3, 112, 112)
         halved = torch.nn.functional.avg_pool2d(crop.view.crop.float(), 2)
@@ -252,7 +253,5 @@ def test_a_small_view_that_is_the_resized_crop_has_its_pixels_and_its_boxes(reci
 
 
 def test_an_own_small_crop_differs_from_the_crop():
-    sample = SoCoFPNRecipe(**STILL).draw_with_proposals(
-        torch.zeros(3, 90, 90, dtype=torch.uint8), proposals(grid()), rng_of(0)
-    )
+    sample = SoCoFPNRecipe(**STILL).draw_with_proposals(black(90, 90), proposals(grid()), rng_of(0))
     assert not torch.equal(sample.crop.boxes.ids, sample.small.boxes.ids)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detco.views import Proposals, SoCoStarRecipe, sample_generator
+from detco.views import Photo, Proposals, SoCoStarRecipe, sample_generator
 
 DRAWS = 1500
 BOXES = Proposals(
@@ -19,10 +19,10 @@ NAMES = ("whole", "crop", "small", "medium")
 def samples():
     """Drawn samples without their pixels, which are not what is tested."""
     recipe = SoCoStarRecipe(cutout_prob=0.5)
-    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    image = Photo.of(torch.zeros(3, 100, 100, dtype=torch.uint8))
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("soco", "object_views"):
-            patch.setattr(f"detco.views.{module}.crop_and_resize", lambda image, box, size: image[:, :1, :1])
+        patch.setattr("detco.views.soco.shrink", lambda pixels, size: pixels)
+        patch.setattr(Photo, "crops", lambda photo, wanted: [photo.pixels()[:, :1, :1] for _ in wanted])
         return [
             recipe.draw_with_proposals(image, BOXES, sample_generator(seed=0, epoch=0, index=index))
             for index in range(DRAWS)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from detco.artifact import IMAGENET_RGB
 from detco.views.base import ViewRecipe
+from detco.views.host import CropBox
 from detco.views.moco import MoCoRecipe
+from detco.views.photo import Photo
 from pretrain.data import Batch, TooManyBadSamples, WorkerDied, build_loader
 from pretrain.images import list_images
 
@@ -33,8 +35,10 @@ class NoisyPixels(ViewRecipe[NoisyPixel, Tensor]):
 
     preprocess = IMAGENET_RGB
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> NoisyPixel:
-        return NoisyPixel(image[:, image.shape[1] // 2, image.shape[2] // 2].clone(), torch.tensor(rng.random()))
+    def draw(self, photo: Photo, rng: np.random.Generator) -> NoisyPixel:
+        noise = torch.tensor(rng.random())  # before the photo can prove to be damaged
+        (middle,) = photo.crops([(CropBox(photo.height // 2, photo.width // 2, 1, 1), 1)])
+        return NoisyPixel(middle.flatten(), noise)
 
     def render(self, batch: NoisyPixel) -> Tensor:
         return batch.pixel.float()
@@ -43,14 +47,17 @@ class NoisyPixels(ViewRecipe[NoisyPixel, Tensor]):
 class Suicidal(NoisyPixels):
     """Kills the worker it runs in, as a system short of memory does."""
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> NoisyPixel:
+    def draw(self, photo: Photo, rng: np.random.Generator) -> NoisyPixel:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 
 
 class Buggy(NoisyPixels):
-    def draw(self, image: Tensor, rng: np.random.Generator) -> NoisyPixel:
-        raise ValueError("a mistake in the recipe")
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def draw(self, photo: Photo, rng: np.random.Generator) -> NoisyPixel:
+        raise self.error("a mistake in the recipe")
 
 
 def load(root: Path, recipe: ViewRecipe[Any, Any] | None = None, **changes: int) -> list[Batch]:
@@ -119,17 +126,23 @@ def test_unreadable_files_and_only_they_are_replaced_by_the_next_readable_one(ho
     for name, sample in bad.items():
         following = names[names.index(name) + 1 :] + names
         assert Path(sample.used_instead).name == next(other for other in following if other not in UNREADABLE)
-        assert "ValueError" in sample.reason
+        assert sample.reason.startswith("cannot decode image of ")
     assert len(batches[0].bad) == len(UNREADABLE), "a file that is only passed over is not counted again"
 
 
-def test_replacement_shows_the_other_image_with_the_random_numbers_of_the_asked_one(hostile_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "used_instead"), [("zz last.webp", "cmyk.jpg"), ("photo_005_truncated.jpg", "photo_006.jpg")]
+)
+def test_replacement_shows_the_other_image_with_the_random_numbers_of_the_asked_one(
+    hostile_dir: Path, name: str, used_instead: str
+) -> None:
+    """Whether a file is found to be damaged when it is opened, or when its crops are cut; the list wraps at its end."""
     images = list_images(hostile_dir)
-    position = next(i for i in range(len(images)) if images.path(i).name == "zz last.webp")
+    names = [images.path(index).name for index in range(len(images))]
     (batch,) = load(hostile_dir, batch_size_total=38, total_steps=1)
-    row, first = (batch.indices.tolist().index(i) for i in (position, 0))
-    assert torch.equal(batch.sample.pixel[row], batch.sample.pixel[first]), "the list wraps at its end"
-    assert batch.sample.noise[row] == np.random.default_rng((5, 0, position)).random()
+    row, other = (batch.indices.tolist().index(names.index(wanted)) for wanted in (name, used_instead))
+    assert torch.equal(batch.sample.pixel[row], batch.sample.pixel[other])
+    assert batch.sample.noise[row] == np.random.default_rng((5, 0, names.index(name))).random()
 
 
 def test_epochs_draw_new_random_numbers_for_the_same_image(photo_dir: Path) -> None:
@@ -177,9 +190,10 @@ def test_images_that_are_all_unreadable_stop_the_run(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_mistake_in_a_recipe_is_no_bad_sample(photo_dir: Path) -> None:
-    with pytest.raises(ValueError, match="a mistake in the recipe"):
-        load(photo_dir, Buggy())
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_mistake_in_a_recipe_is_no_bad_sample(photo_dir: Path, error: type[Exception]) -> None:
+    with pytest.raises(error, match="a mistake in the recipe"):
+        load(photo_dir, Buggy(error))
 
 
 def test_killed_worker_ends_the_run_with_advice(photo_dir: Path) -> None:

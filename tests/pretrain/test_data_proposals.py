@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detco.artifact import IMAGENET_RGB, read_artifact
 from detco.views.base import ProposalRecipe, Proposals
+from detco.views.photo import Photo
 from pretrain.data import ProposalsError, build_loader
 from pretrain.images import list_images
 from pretrain.proposals.store import ProposalStore
@@ -30,9 +31,9 @@ class Witness(ProposalRecipe[Seen, Tensor]):
 
     preprocess = IMAGENET_RGB
 
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> Seen:
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> Seen:
         widest_box = proposals.boxes_image_px[:, 2].max()
-        return Seen(torch.tensor(image.shape[2]), torch.tensor(widest_box), torch.tensor(proposals.multiplicity[0]))
+        return Seen(torch.tensor(photo.width), torch.tensor(widest_box), torch.tensor(proposals.multiplicity[0]))
 
     def render(self, batch: Seen) -> Tensor:
         return batch.times_found
