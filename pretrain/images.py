@@ -1,147 +1,127 @@
-"""Where the images of a pretraining run lie: a folder tree, a flat folder, or a .txt listing.
+"""Where the images of a pretraining run lie: a folder tree, a flat folder, a .txt listing, or tar shards.
 
-The list is sorted by the bytes of the relative paths, so that index i is the same image on every machine, and kept as
-one block of bytes: a Python list of 1.3 million strings would be copied into every loader worker, page by page, as
-reference counts touch it.
-
-Listing a large tree takes longer than reading one file, so lists of `MIN_FILES_TO_CACHE` images and more are cached in
-`$DETCO_CACHE` or `~/.cache/detco`, never in the data folder. The cache is keyed by the resolved root, and valid as long
-as every folder of the tree (or the listing file) has the modification time it had before it was read: adding, removing
-or renaming a file changes that of its folder. Changing a file in place changes no list. A folder touched less than
-`MTIME_GRAIN_S` before it was read is too fresh for its time to prove anything, and the list is not cached then.
+Shards are a folder of plain tars, with the index of tools/make_shards.py or without, or an http(s) address of such an
+index. Without one they are listed from their headers, once. What takes long to list is kept, see list_cache.py.
 """
 
-import hashlib
 import logging
 import os
-import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+from pretrain.image_list import IMAGE_SUFFIXES, ImageList, ImagesLost, as_block
+from pretrain.list_cache import Columns, ListCache, Stamp
+from pretrain.remote_shards import is_address, open_remote_shards
+from pretrain.shards import INDEX_NAME, LocalFolder, ShardIndex, ShardList, open_shards, scan_shards
+
+__all__ = ["ImageFiles", "ImageList", "ImagesLost", "list_images"]
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""What counts as an image, in any case of letters."""
-
-ARCHIVE_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".lmdb", ".parquet", ".rec")
+ARCHIVE_SUFFIXES = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".lmdb", ".parquet", ".rec")
 """What makes an empty folder look like data that has not been unpacked."""
 
 MIN_FILES_TO_CACHE = 10_000
 """Shorter lists are made in a fraction of a second and leave nothing behind."""
 
-MTIME_GRAIN_S = 2.0
-"""The coarsest modification times among usual file systems (FAT; NFS and ext3 have 1 s)."""
-
-CACHE_SCHEMA = 1
 PROGRESS_EVERY_S = 5.0
 MAX_NAMES_IN_MESSAGE = 5
 
 
-class ImageList:
-    """Paths of images, in the order of their bytes, without one Python object per path.
-
-    Both tensors move to shared memory when the list is sent to a loader worker, so all workers of a process read one
-    copy, however they were started.
-
-    Attributes:
-        root: What the relative paths are relative to: the folder itself, or the folder of the .txt listing.
-        digest: sha256 (hex) of the relative paths, each followed by a NUL byte. The same for a moved or copied tree.
-    """
+class ImageFiles(ImageList):
+    """Images that are files of their own, named by their paths."""
 
     def __init__(self, root: Path, block: NDArray[np.uint8]) -> None:
-        """Wrap `block`: the sorted relative (or absolute) paths as bytes, each followed by a NUL byte."""
-        if block.size == 0 or block[-1] != 0:
-            raise ValueError("a block of paths ends with a NUL byte and holds one path at least")
-        self.root = root
-        self.digest = hashlib.sha256(block.data).hexdigest()
-        self._block = torch.from_numpy(block)
-        self._ends = torch.from_numpy(np.flatnonzero(block == 0))
-
-    def __len__(self) -> int:
-        return len(self._ends)
+        """List the files of `block`, relative (or absolute) paths, in `root`: the folder, or that of the listing."""
+        super().__init__(root, block)
+        self._folder = root
 
     def path(self, index: int) -> Path:
         """The image at `index` in [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        start = int(self._ends[index - 1]) + 1 if index else 0
-        name = self._block[start : int(self._ends[index])].numpy().tobytes()
-        return self.root / os.fsdecode(name)  # an absolute name in a listing replaces the root
+        # An absolute name in a listing replaces the root.
+        return self._folder / os.fsdecode(self.relative_name(index))
 
-    @property
-    def block(self) -> NDArray[np.uint8]:
-        """The paths as they are stored: bytes, each followed by a NUL byte. Do not write to it."""
-        block: NDArray[np.uint8] = self._block.numpy()
-        return block
+    def name(self, index: int) -> str:
+        """Its path."""
+        return str(self.path(index))
 
-
-class _Stamp(NamedTuple):
-    """A folder or listing that the list was read from, and its modification time before it was read."""
-
-    path: bytes
-    mtime_ns: int
+    def read(self, index: int) -> bytes:
+        """The whole file; raises OSError if it cannot be read."""
+        return self.path(index).read_bytes()
 
 
 class _Found(NamedTuple):
-    names: list[bytes]  # unsorted, relative to the root
-    stamps: list[_Stamp]
+    """What there is in a place: names relative to it, unsorted, and the stamps of what they were read from."""
+
+    names: list[bytes]
+    tars: list[bytes]
+    stamps: list[Stamp]
 
 
 def list_images(root: str | Path, cache_dir: Path | None = None) -> ImageList:
-    """All images under `root`, sorted by the bytes of their relative paths.
+    """All images under `root`, sorted by the bytes of their relative names.
 
     A folder is read with all its sub-folders, symbolic links to folders included. Hidden files and folders (names that
     begin with a dot) and files without an image suffix are passed over. A `.txt` file is a listing: one path per line,
-    absolute or relative to the listing's folder, any suffix; a path that stands there twice counts twice.
+    absolute or relative to the listing's folder, any suffix; a path that stands there twice counts twice. A folder of
+    `.tar` files and no images, or with an index of tools/make_shards.py, is one of shards; its images are the members.
 
     Args:
-        root: Folder or listing.
+        root: Folder, listing, or http(s) address of an index of shards.
         cache_dir: Where to keep long lists; by default `$DETCO_CACHE`, else `~/.cache/detco`.
 
     Raises:
         FileNotFoundError: If `root` or files of the listing are missing.
-        ValueError: If `root` is neither folder nor listing, or if there is no image.
+        ValueError: If `root` is neither of these, if there is no image, or if shards are damaged or do not fit their
+            index.
     """
     if str(root) == "":
         raise ValueError("no images given: set DATA.ROOT to a folder of images or to a .txt file listing their paths")
+    started_s = time.time()
+    if is_address(str(root)):
+        return _announced(open_remote_shards(str(root)), started_s)
     source = Path(root).expanduser().resolve()
     if not source.exists():
         raise FileNotFoundError(f"DATA.ROOT {root} does not exist (looked for {source})")
     if not source.is_dir() and source.suffix.lower() != ".txt":
-        raise ValueError(f"DATA.ROOT {root} is neither a folder nor a .txt listing with one path per line")
+        raise ValueError(
+            f"DATA.ROOT {root} is neither a folder (of images or of .tar files) nor a .txt listing with one path per "
+            f"line"
+        )
+    if (source / INDEX_NAME).is_file():
+        return _announced(open_shards(source), started_s)
 
-    cache_file = _cache_file(source, _default_cache_dir() if cache_dir is None else cache_dir)
-    images = _read_cache(cache_file, source)
-    if images is not None:
-        logger.info("%s: %s images, from the list kept in %s", source, f"{len(images):,}", cache_file)
+    cache = ListCache(source, cache_dir)
+    columns = cache.read()
+    if columns is not None:
+        images = _from_columns(source, columns)
+        logger.info("%s: %s images, from the list kept in %s", source, f"{len(images):,}", cache.file)
         return images
-
-    started_s = time.time()
     found = _scan_folder(source) if source.is_dir() else _read_listing(source)
-    images = ImageList(_list_root(source), _as_block(found.names))
-    seconds = time.time() - started_s
-    logger.info("%s: %s images, listed in %.1f s", source, f"{len(images):,}", seconds)
+    of_files = {"block": as_block(sorted(found.names))} if found.names else None
+    columns = of_files or scan_shards(source, found.tars).as_columns()
+    images = _announced(_from_columns(source, columns), started_s)
     if len(images) >= MIN_FILES_TO_CACHE:
-        _write_cache(cache_file, source, images, found.stamps, started_s)
+        cache.write(columns, found.stamps, started_s)
     return images
 
 
-def _list_root(source: Path) -> Path:
-    return source if source.is_dir() else source.parent
+def _announced(images: ImageList, started_s: float) -> ImageList:
+    logger.info("%s: %s images, listed in %.1f s", images.root, f"{len(images):,}", time.time() - started_s)
+    return images
 
 
-def _as_block(names: list[bytes]) -> NDArray[np.uint8]:
-    names.sort()
-    # bytearray, because torch wants memory that it may write to.
-    return np.frombuffer(bytearray(b"\0".join(names) + b"\0"), dtype=np.uint8)
+def _from_columns(source: Path, columns: Columns) -> ImageList:
+    """The list of a source whose columns have been made or kept."""
+    if "shards" in columns:
+        return ShardList(ShardIndex.from_columns(columns), LocalFolder(source))
+    return ImageFiles(source if source.is_dir() else source.parent, columns["block"].astype(np.uint8, copy=False))
 
 
 class _Progress:
@@ -159,7 +139,7 @@ class _Progress:
 
 
 def _scan_folder(root: Path) -> _Found:
-    found = _Found([], [])
+    found = _Found([], [], [])
     other_suffixes: Counter[str] = Counter()
     progress = _Progress(root)
     pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", frozenset())]
@@ -170,7 +150,7 @@ def _scan_folder(root: Path) -> _Found:
         if (info.st_dev, info.st_ino) in ancestors:
             continue  # a symbolic link to a folder that contains it
         # The time is taken before the names, so that a file added in between makes the cached list invalid.
-        found.stamps.append(_Stamp(folder, info.st_mtime_ns))
+        found.stamps.append(Stamp(folder, info.st_mtime_ns))
         prefix = folder + b"/" if folder else b""
         with os.scandir(os.fsencode(path)) as entries:
             for entry in entries:
@@ -181,32 +161,46 @@ def _scan_folder(root: Path) -> _Found:
                     pending.append((prefix + entry.name, ancestors | {(info.st_dev, info.st_ino)}))
                 elif suffix in IMAGE_SUFFIXES:
                     found.names.append(prefix + entry.name)
+                elif suffix == ".tar":
+                    found.tars.append(prefix + entry.name)
+                    found.stamps.append(Stamp(prefix + entry.name, entry.stat().st_mtime_ns))
                 else:
                     other_suffixes[suffix] += 1
         progress.report(len(found.names), f"in {len(found.stamps):,} folders")
-    if not found.names:
-        raise ValueError(_no_images_message(root, len(found.stamps), other_suffixes))
+    archives = _archives(other_suffixes)
+    if not found.names and (archives or not found.tars):
+        raise ValueError(_no_images_message(root, len(found.stamps) - len(found.tars), len(found.tars), other_suffixes))
+    if found.names and found.tars:
+        logger.warning("%s: %s .tar file(s) beside the images are passed over", root, f"{len(found.tars):,}")
     return found
+
+
+def _archives(suffixes: Counter[str]) -> str:
+    """How many archives there are of each kind, as text."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix in ARCHIVE_SUFFIXES)
 
 
 def _suffix(name: bytes) -> str:
     return os.fsdecode(name[name.rfind(b".") :]).lower() if b"." in name else ""
 
 
-def _no_images_message(root: Path, num_folders: int, other_suffixes: Counter[str]) -> str:
+def _no_images_message(root: Path, num_folders: int, num_tars: int, other_suffixes: Counter[str]) -> str:
     message = (
         f"no images in {root}: looked for {', '.join(IMAGE_SUFFIXES)} in {num_folders} folder(s), "
-        f"found 0 and {sum(other_suffixes.values())} other file(s)"
+        f"found 0 and {num_tars + sum(other_suffixes.values())} other file(s)"
     )
-    archives = {suffix: count for suffix, count in other_suffixes.items() if suffix in ARCHIVE_SUFFIXES}
+    archives = _archives(other_suffixes)
+    if archives and num_tars:
+        return (
+            f"{message}, among them archives ({archives}) beside {num_tars} .tar: uncompress these, or take them away"
+        )
     if archives:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(archives.items()))
-        return f"{message}, among them archives ({kinds}): unpack them first"
+        return f"{message}, among them archives ({archives}): unpack them first (plain .tar files can stay as they are)"
     return f"{message}; set DATA.ROOT to the folder that holds the images"
 
 
 def _read_listing(listing: Path) -> _Found:
-    stamp = _Stamp(b"", listing.stat().st_mtime_ns)
+    stamp = Stamp(b"", listing.stat().st_mtime_ns)
     lines = listing.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # some editors begin with a UTF-8 mark
     names = [name for line in lines if (name := line.rstrip(b"\r"))]
     if not names:
@@ -224,75 +218,9 @@ def _read_listing(listing: Path) -> _Found:
             f"{_first_names(missing)}. A listing has one path per line and nothing else, absolute or relative to "
             f"{listing.parent}"
         )
-    return _Found(names, [stamp])
+    return _Found(names, [], [stamp])
 
 
 def _first_names(names: Sequence[bytes]) -> str:
     shown = ", ".join(repr(os.fsdecode(name)) for name in names[:MAX_NAMES_IN_MESSAGE])
     return shown + (", ..." if len(names) > MAX_NAMES_IN_MESSAGE else "")
-
-
-def _default_cache_dir() -> Path:
-    configured = os.environ.get("DETCO_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "detco"
-
-
-def _cache_file(source: Path, cache_dir: Path) -> Path:
-    key = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
-    return cache_dir / f"images_{key}.npz"
-
-
-def _write_cache(file: Path, source: Path, images: ImageList, stamps: Sequence[_Stamp], started_s: float) -> None:
-    newest_s = max(stamp.mtime_ns for stamp in stamps) / 1e9
-    if newest_s > started_s - MTIME_GRAIN_S:
-        logger.info("%s changed a moment ago: the list is not kept for the next run", source)
-        return
-    content: dict[str, NDArray[np.generic]] = {
-        "schema": np.array(CACHE_SCHEMA),
-        "source": np.array(os.fsencode(source)),
-        "digest": np.array(images.digest),
-        "block": images.block,
-        "stamp_paths": np.frombuffer(b"".join(stamp.path + b"\0" for stamp in stamps), dtype=np.uint8),
-        "stamp_mtimes_ns": np.array([stamp.mtime_ns for stamp in stamps], dtype=np.int64),
-    }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.stem, suffix=".tmp", delete=False) as handle:
-            temporary = Path(handle.name)
-            try:
-                np.savez(handle, allow_pickle=False, **content)
-                handle.close()
-                temporary.replace(file)  # other processes see the old list or the new one, never half of it
-            except BaseException:
-                temporary.unlink()
-                raise
-    except OSError as error:
-        logger.warning("the list of images is not kept for the next run: %s (set DETCO_CACHE to change where)", error)
-
-
-def _read_cache(file: Path, source: Path) -> ImageList | None:
-    """The cached list of `source`, or None if there is none, it is out of date or damaged."""
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            if int(content["schema"]) != CACHE_SCHEMA or content["source"].item() != os.fsencode(source):
-                return None
-            paths = content["stamp_paths"].tobytes().split(b"\0")[:-1]
-            mtimes_ns = content["stamp_mtimes_ns"].tolist()
-            if not _still_true([_Stamp(*pair) for pair in zip(paths, mtimes_ns, strict=True)], source):
-                return None
-            images = ImageList(_list_root(source), content["block"])
-            if images.digest != content["digest"].item():
-                raise ValueError("its digest does not fit its paths")
-            return images
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("the list of images in %s is damaged (%s): listing again", file, error)
-        return None
-
-
-def _still_true(stamps: Sequence[_Stamp], source: Path) -> bool:
-    try:
-        return all((source / os.fsdecode(stamp.path)).stat().st_mtime_ns == stamp.mtime_ns for stamp in stamps)
-    except (FileNotFoundError, NotADirectoryError):
-        return False  # a folder of the tree is gone

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detco.views import decode
-from pretrain.images import list_images
+from pretrain.images import ImageList, list_images
 from pretrain.proposals.backends import BACKENDS, SearchParams, check_available, propose, versions
 from pretrain.proposals.filters import NUM_STAGES, FilterParams, filter_boxes, passing
 
@@ -83,12 +83,13 @@ class Measured:
     all_truth: Coverage | None
 
 
-def read_photos(paths: Sequence[Path], truth: dict[str, NDArray[np.float64]]) -> list[Photo]:
+def read_photos(places: Sequence[tuple[ImageList, int]], truth: dict[str, NDArray[np.float64]]) -> list[Photo]:
     """Decode them, with the boxes of the annotation whose file name ends the path."""
     photos = []
-    for path in paths:
-        pixels = decode(path.read_bytes()).permute(1, 2, 0).contiguous().numpy()
-        names = ["/".join(path.parts[start:]) for start in range(len(path.parts))]
+    for images, index in places:
+        pixels = decode(images.read(index)).permute(1, 2, 0).contiguous().numpy()
+        parts = images.name(index).split("/")
+        names = ["/".join(parts[start:]) for start in range(len(parts))]
         boxes = next((truth[name] for name in names if name in truth), np.zeros((0, 4)))
         photos.append(Photo(pixels, boxes))
     return photos
@@ -239,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cv2.setNumThreads(1)
     try:
         searches = chosen_searches(args)
-        paths = [images.path(index) for images in map(list_images, args.images) for index in range(len(images))]
-        chosen = np.linspace(0, len(paths) - 1, min(args.num_images, len(paths))).round().astype(int).tolist()
+        places = [(images, index) for images in map(list_images, args.images) for index in range(len(images))]
+        chosen = np.linspace(0, len(places) - 1, min(args.num_images, len(places))).round().astype(int).tolist()
         truth = read_truth(args.coco_json) if args.coco_json else {}
-        photos = read_photos([paths[index] for index in chosen], truth)
+        photos = read_photos([places[index] for index in chosen], truth)
     except (ValueError, FileNotFoundError) as error:
         PARSER.error(str(error))
     if truth and not any(len(photo.truth_image_px) for photo in photos):

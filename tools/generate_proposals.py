@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what to do")
-    what.add_argument("images", type=Path, metavar="IMAGES", help="what DATA.ROOT takes: a folder, or a .txt listing")
+    what.add_argument("images", metavar="IMAGES", help="what DATA.ROOT takes: a folder, a .txt listing, tar shards")
     what.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the proposals")
     instead = what.add_mutually_exclusive_group()
     instead.add_argument(
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     # Imported after parsing, so that --help answers at once.
+    from pretrain.image_list import ImagesLost
     from pretrain.proposals.search import SearchError, Stopped
 
     try:
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + stopped.signal_number
     except KeyboardInterrupt:  # while there is nothing to lose
         return 130
-    except SearchError as error:
+    except (SearchError, ImagesLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:

@@ -120,10 +120,10 @@ def _make_parts(
     num_images = sum(len(folder.images_of(part)) for part in missing)
     logger.info("%s: %s images to search, with %s worker(s)", name, f"{num_images:,}", num_workers)
     progress = Progress(name, num_images)
-    paths = (images.path(index) for part in missing for index in folder.images_of(part))
+    indices = (index for part in missing for index in folder.images_of(part))
     with (
         StopRequest() as stop,
-        closing(find_all(paths, search, filters, num_workers=num_workers, stop=stop)) as found,
+        closing(find_all(images, indices, search, filters, num_workers=num_workers, stop=stop)) as found,
     ):
         for part in missing:
             rows = []
@@ -137,7 +137,7 @@ def _make_parts(
 def _refuse_a_lost_disk(images: ImageList, indices: range, rows: Sequence[ImageProposals]) -> None:
     if len(rows) >= MIN_IMAGES_TO_DOUBT and not any(row.width for row in rows):
         raise SearchError(
-            f"{len(rows)} images in a row cannot be read, the first is {images.path(indices[0])}; check that "
+            f"{len(rows)} images in a row cannot be read, the first is {images.name(indices[0])}; check that "
             f"{images.root} holds whole image files and is reachable from this machine. What is finished is kept: the "
             f"same command goes on"
         )

@@ -1,18 +1,18 @@
 """The size that a decoded image will have, from the header of its file."""
 
+import io
 import warnings
-from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from detco.views.host import MAX_PIXELS
+from detco.views.photo import MAX_PIXELS
 
 _ON_THEIR_SIDE = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
 
-def decoded_size(path: Path) -> tuple[int, int]:
-    """(width, height) of `detco.views.host.decode` of a file, without decoding its pixels where the format allows.
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of `detco.views.photo.decode` of a file's bytes, without decoding pixels where the format allows.
 
     Returns (0, 0) if the header cannot be read, or has more pixels than `decode` takes. What is damaged further on is
     not noticed.
@@ -20,7 +20,7 @@ def decoded_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     return 0, 0

@@ -14,7 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pretrain.proposals.store import ProposalStore, file_digest
 
 MAX_NAMES_IN_MESSAGE = 5
 NUM_READERS = 16
-"""Threads that read image headers: they wait for the disk most of the time."""
+"""Threads that read images: they wait for the disk most of the time."""
 IMAGES_AT_ONCE = 10_000
 
 KEEP_ALL = FilterParams(min_side_px=1, max_aspect=math.inf, min_size=0.0, max_size=1.0)
@@ -115,7 +116,7 @@ def unique_stems(images: ImageList) -> list[str]:
     Raises:
         ProposalsError: If two images share one.
     """
-    stems = [images.path(index).stem for index in range(len(images))]
+    stems = [PurePath(images.name(index)).stem for index in range(len(images))]
     counts = Counter(stems)
     shared = [stem for stem, count in counts.items() if count > 1]
     if shared:
@@ -134,10 +135,17 @@ def _decoded_sizes(images: ImageList) -> list[tuple[int, int]]:
         # In stretches, as the readers take up all that they are given at once.
         for start in range(0, len(images), IMAGES_AT_ONCE):
             stretch = range(start, min(start + IMAGES_AT_ONCE, len(images)))
-            for size in readers.map(decoded_size, map(images.path, stretch)):
+            for size in readers.map(partial(_decoded_size, images), stretch):
                 sizes.append(size)
                 progress.count()
     return sizes
+
+
+def _decoded_size(images: ImageList, index: int) -> tuple[int, int]:
+    try:
+        return decoded_size(images.read(index))
+    except OSError:
+        return 0, 0
 
 
 def _row(boxes_xywh: NDArray[np.int64], width: int, height: int) -> ImageProposals:

@@ -14,13 +14,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from detco.views.host import decode
+from detco.views.photo import UnreadableImage, decode
+from pretrain.image_list import ImageList
 from pretrain.launch import StopRequest
 from pretrain.proposals.backends import SearchParams, propose
 from pretrain.proposals.columns import MAX_SIDE_PX, ImageProposals, no_proposals
@@ -56,11 +56,11 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
-def find_proposals(path: Path, search: SearchParams, filters: FilterParams) -> ImageProposals:
-    """The filtered proposals of an image file, as training decodes it; none if it cannot be read or is too long."""
+def find_proposals(images: ImageList, index: int, search: SearchParams, filters: FilterParams) -> ImageProposals:
+    """The filtered proposals of one of the images, as training decodes it; none if it cannot be read or is too long."""
     try:
-        image = decode(path.read_bytes())
-    except (OSError, ValueError):
+        image = decode(images.read(index))
+    except (OSError, UnreadableImage):
         return no_proposals(0, 0)
     height, width = image.shape[1:]
     if max(height, width) > MAX_SIDE_PX:
@@ -71,9 +71,15 @@ def find_proposals(path: Path, search: SearchParams, filters: FilterParams) -> I
 
 
 def find_all(
-    paths: Iterable[Path], search: SearchParams, filters: FilterParams, *, num_workers: int, stop: StopRequest
+    images: ImageList,
+    indices: Iterable[int],
+    search: SearchParams,
+    filters: FilterParams,
+    *,
+    num_workers: int,
+    stop: StopRequest,
 ) -> Generator[ImageProposals, None, None]:
-    """`find_proposals` of each path, in order, by `num_workers` processes.
+    """`find_proposals` of each index, in order, by `num_workers` processes.
 
     Raises:
         Stopped: Soon after `stop` was set.
@@ -83,11 +89,11 @@ def find_all(
     context.set_forkserver_preload(PRELOADED_MODULES)
     forkserver.ensure_running()
     children_before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
-    waiting: deque[tuple[Path, Future[ImageProposals]]] = deque()
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(images,))
+    waiting: deque[tuple[str, Future[ImageProposals]]] = deque()
     try:
-        for path in paths:
-            waiting.append((path, pool.submit(find_proposals, path, search, filters)))
+        for index in indices:
+            waiting.append((images.name(index), pool.submit(_find_in_worker, index, search, filters)))
             if len(waiting) > IMAGES_AHEAD_PER_WORKER * num_workers:
                 yield _result(*waiting.popleft(), stop)
         while waiting:
@@ -103,7 +109,7 @@ def find_all(
         _end(set(multiprocessing.active_children()) - children_before)
 
 
-def _result(path: Path, future: "Future[ImageProposals]", stop: StopRequest) -> ImageProposals:
+def _result(name: str, future: "Future[ImageProposals]", stop: StopRequest) -> ImageProposals:
     _raise_if_stopped(stop)
     while not wait([future], timeout=POLL_S).done:
         _raise_if_stopped(stop)
@@ -112,7 +118,7 @@ def _result(path: Path, future: "Future[ImageProposals]", stop: StopRequest) -> 
     except BrokenProcessPool:
         raise
     except Exception as error:
-        raise SearchError(f"the search fails on {path}: {type(error).__name__}: {error}") from error
+        raise SearchError(f"the search fails on {name}: {type(error).__name__}: {error}") from error
 
 
 def _raise_if_stopped(stop: StopRequest, patience_s: float = 0.0) -> None:
@@ -131,7 +137,22 @@ def _end(workers: Iterable[BaseProcess]) -> None:
         worker.terminate()
 
 
-def _start_worker() -> None:
+class _OfWorker:
+    """What a worker knows from its start: sent with every task, a list would be sent millions of times.
+
+    Attributes:
+        images: Those that indices count.
+    """
+
+    images: ImageList
+
+
+def _find_in_worker(index: int, search: SearchParams, filters: FilterParams) -> ImageProposals:
+    return find_proposals(_OfWorker.images, index, search, filters)
+
+
+def _start_worker(images: ImageList) -> None:
+    _OfWorker.images = images
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     # Ctrl-C is for the parent, which ends its workers itself.

@@ -43,5 +43,5 @@ def summary(store: ProposalStore, images: ImageList) -> str:
 
 
 def _names(images: ImageList, indices: NDArray[np.intp]) -> str:
-    names = ", ".join(str(images.path(int(index))) for index in indices[:MAX_NAMES])
+    names = ", ".join(images.name(int(index)) for index in indices[:MAX_NAMES])
     return names + (", ..." if len(indices) > MAX_NAMES else "")

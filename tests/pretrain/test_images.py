@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain import images as images_module
-from pretrain.images import ImageList, list_images
+from pretrain.images import ImageFiles, ImageList, list_images
 
 
 def make_files(root: Path, *names: str) -> Path:
@@ -92,9 +92,17 @@ def test_empty_folder_is_refused_with_what_was_looked_for(tmp_path: Path) -> Non
 
 
 def test_folder_of_archives_is_refused_with_the_advice_to_unpack(tmp_path: Path) -> None:
-    make_files(tmp_path, "n01440764.tar", "n01443537.tar", "val.tar.gz")
-    with pytest.raises(ValueError, match=r"archives \(1 \.gz, 2 \.tar\): unpack them first"):
+    make_files(tmp_path, "train.zip", "val.tar.gz")
+    with pytest.raises(
+        ValueError, match=r"archives \(1 \.gz, 1 \.zip\): unpack them first \(plain \.tar files can stay"
+    ):
         list_images(tmp_path)
+
+
+def test_tars_beside_images_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_files(tmp_path, "a.jpg", "n01440764.tar")
+    assert names_of(list_images(tmp_path)) == ["a.jpg"]
+    assert "1 .tar file(s) beside the images are passed over" in caplog.text
 
 
 def test_missing_empty_and_odd_roots_are_refused(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_missing_empty_and_odd_roots_are_refused(tmp_path: Path) -> None:
         list_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"set DATA\.ROOT"):
         list_images("")
-    with pytest.raises(ValueError, match=r"neither a folder nor a \.txt listing"):
+    with pytest.raises(ValueError, match=r"neither a folder \(of images or of \.tar files\) nor a \.txt listing"):
         list_images(tmp_path / "a.jpg")
 
 
@@ -226,7 +234,7 @@ def test_short_lists_leave_nothing_behind(tmp_path: Path) -> None:
 def test_a_long_list_holds_no_object_per_path(tmp_path: Path) -> None:
     names = [b"n%08d/n%08d_%d.JPEG" % (i // 1300, i // 1300, i) for i in range(100_000)]
     block = np.frombuffer(bytearray(b"\0".join(names) + b"\0"), dtype=np.uint8)
-    images = ImageList(tmp_path, block)
+    images = ImageFiles(tmp_path, block)
     assert images.path(99_999) == tmp_path / os.fsdecode(names[-1])
     assert len(images) == 100_000
     # Bytes of the names, one end per name, a few hundred bytes around them: nothing else to copy into a worker.
@@ -234,5 +242,16 @@ def test_a_long_list_holds_no_object_per_path(tmp_path: Path) -> None:
 
 
 def test_a_list_reaches_a_worker_through_shared_memory(tmp_path: Path) -> None:
-    images = ImageList(tmp_path, np.frombuffer(bytearray(b"some/name.jpg\0" * 100_000), dtype=np.uint8))
+    images = ImageFiles(tmp_path, np.frombuffer(bytearray(b"some/name.jpg\0" * 100_000), dtype=np.uint8))
     assert len(ForkingPickler.dumps(images)) < 2000
+
+
+def test_files_are_named_and_read_by_their_paths(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg", "sub/b.jpg")
+    (tmp_path / "sub/b.jpg").write_bytes(b"content")
+    images = list_images(tmp_path)
+    assert images.name(1) == f"{tmp_path}/sub/b.jpg"
+    assert images.read(1) == b"content"
+    (tmp_path / "sub/b.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        images.read(1)

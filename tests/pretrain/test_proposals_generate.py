@@ -18,7 +18,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from detco.views.host import decode
+from detco.views.photo import decode
 from pretrain.images import list_images
 from pretrain.launch import StopRequest
 from pretrain.proposals import folder as folder_module
@@ -260,7 +260,7 @@ def test_failure_of_the_search_names_the_image(few_photos: Path) -> None:
         StopRequest() as stop,
         pytest.raises(SearchError, match=r"the search fails on .*photo_000\.jpg: \w+Error: "),
     ):
-        next(find_all([few_photos / "photo_000.jpg"], broken, FilterParams(), num_workers=1, stop=stop))
+        next(find_all(list_images(few_photos), [0], broken, FilterParams(), num_workers=1, stop=stop))
 
 
 def test_unreadable_rotated_and_overlong_images_are_kept_as_they_are_and_told(few_photos: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detco.views.host import decode
-from pretrain.images import ImageList, list_images
+from detco.views.photo import decode
+from pretrain.images import ImageFiles, list_images
 from pretrain.proposals.image_sizes import decoded_size
 from pretrain.proposals.official_json import export_json, import_json, unique_stems
 from pretrain.proposals.store import STORE_NAME, ProposalsError, ProposalStore
@@ -187,7 +187,7 @@ def test_export_of_another_image_list_is_refused(tmp_path: Path, photos: Path) -
 
 
 def test_stems_have_neither_folder_nor_the_last_suffix(tmp_path: Path) -> None:
-    images = ImageList(tmp_path, np.frombuffer(bytearray(b"n01/x.1.JPEG\0y.png\0"), dtype=np.uint8))
+    images = ImageFiles(tmp_path, np.frombuffer(bytearray(b"n01/x.1.JPEG\0y.png\0"), dtype=np.uint8))
     assert unique_stems(images) == ["x.1", "y"]
 
 
@@ -199,7 +199,7 @@ def test_size_from_the_header_is_that_of_the_decoded_image(tmp_path: Path, suffi
     file = tmp_path / f"image{suffix}"
     Image.new("RGB", (40, 30)).save(file, exif=exif)
     height, width = decode(file.read_bytes()).shape[1:]
-    assert decoded_size(file) == (width, height)
+    assert decoded_size(file.read_bytes()) == (width, height)
     assert (width, height) == ((30, 40) if 5 <= orientation <= 8 else (40, 30))
 
 
@@ -207,10 +207,9 @@ def test_size_from_the_header_copes_with_odd_files_as_decode_does(tmp_path: Path
     file = tmp_path / "image.jpg"
     Image.new("RGB", (40, 30)).save(file, exif=b"Exif\0\0no such thing")
     assert decode(file.read_bytes()).shape[1:] == (30, 40)
-    assert decoded_size(file) == (40, 30)
-    file.write_bytes(b"")
-    assert decoded_size(file) == decoded_size(tmp_path / "nowhere.jpg") == (0, 0)
+    assert decoded_size(file.read_bytes()) == (40, 30)
+    assert decoded_size(b"") == (0, 0)
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match="more than"):
         decode((tmp_path / "bomb.png").read_bytes())
-    assert decoded_size(tmp_path / "bomb.png") == (0, 0)
+    assert decoded_size((tmp_path / "bomb.png").read_bytes()) == (0, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detco.views import SoCoStarRecipe, decode, sample_generator
+from detco.views import Photo, SoCoStarRecipe, sample_generator
 from detco.views.base import Proposals
 from pretrain.proposals.backends import SearchParams, propose
 from pretrain.proposals.filters import FilterParams, filter_boxes
@@ -31,10 +31,9 @@ def test_objects_lie_on_the_levels_of_the_official_pipeline() -> None:
     recipe = SoCoStarRecipe()
     levels: dict[str, Counter[int]] = {view: Counter() for view in PUBLISHED}
     for photo in PHOTOS:
-        image = decode(photo.read_bytes())
-        height, width = image.shape[1:]
-        raw = propose(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), SearchParams("skimage"))
-        kept = filter_boxes(raw, width, height, FilterParams())
+        image = Photo.open(photo.read_bytes())
+        raw = propose(np.ascontiguousarray(image.pixels().permute(1, 2, 0).numpy()), SearchParams("skimage"))
+        kept = filter_boxes(raw, image.width, image.height, FilterParams())
         proposals = Proposals(kept.boxes.astype(np.float32), kept.multiplicity)
         for index in range(NUM_DRAWS):
             rng = sample_generator(seed=0, epoch=0, index=index)
