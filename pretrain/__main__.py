@@ -3,11 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+from pretrain import fork_server
 
 EPILOG = """\
 config keys (KEY VALUE; the config file's values are their defaults, --dry-run prints all):
-  DATA.ROOT                      folder (tree) of JPEG/PNG/WebP files, or a .txt file listing their paths
+  DATA.ROOT                      folder (tree) of JPEG/PNG/WebP files, a .txt file listing their paths, a folder of
+                                 .tar shards, or the http(s) address of their index (docs/shards.md)
   DATA.NUM_WORKERS               loader processes per training process (4)
   DATA.PROPOSALS                 boxes of tools/generate_proposals.py, for the methods that learn from objects
   METHOD.NAME                    detco, moco_v2, soco_c4, soco_fpn or soco_fpn_star; the other METHOD.* keys are the
@@ -21,6 +25,7 @@ config keys (KEY VALUE; the config file's values are their defaults, --dry-run p
   SOLVER.OPTIMIZER               sgd (default) or lars, with SOLVER.TRUST_COEFFICIENT (0.001)
   SOLVER.WARMUP_EPOCHS           in which the lr rises from SOLVER.WARMUP_START (0.01) of its peak (0: no warm-up)
   SOLVER.FINAL_LR                at the end of a cosine (0)
+  SOLVER.COMPILE                 auto (default: on GPUs), on or off: torch.compile for trunks and views
   CHECKPOINT.SAVE_EVERY_MINUTES  wall clock (10)     CHECKPOINT.KEEP_LAST  checkpoints (3)
   LOG.EVERY_STEPS                steps per report (20)     SEED  of everything random (0)
 
@@ -68,6 +73,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = parse(argv)
+    # Before the imports of this process, to import beside it. A config file without workers is not read yet; then, and
+    # where this process only starts others, it is for nothing and does no harm.
+    if not args.dry_run and ("DATA.NUM_WORKERS", "0") not in pairwise(args.overrides):
+        fork_server.start()
     # Imported after parsing, so that --help needs no torch and answers at once.
     from pretrain.config import ConfigError, load_config
     from pretrain.launch import REFUSED, is_first_process, launch

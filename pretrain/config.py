@@ -23,7 +23,10 @@ from detco.views.base import ViewRecipe
 
 # Keys that change where or how comfortably a run happens, not what it computes. The images themselves are compared by
 # the digest of their list, and the proposals by that of their store, so moved ones can be resumed.
-NOT_IN_DIGEST = ("OUTPUT_DIR", "DATA.ROOT", "DATA.PROPOSALS", "DATA.NUM_WORKERS", "CHECKPOINT.", "LOG.")
+# Compiling moves the last bits, as another GPU does, and no more.
+NOT_IN_DIGEST = (
+    *("OUTPUT_DIR", "DATA.ROOT", "DATA.PROPOSALS", "DATA.NUM_WORKERS", "SOLVER.COMPILE", "CHECKPOINT.", "LOG."),
+)
 
 # One name per key: (type, default).
 Schema = dict[str, tuple[Any, Any]]
@@ -53,6 +56,8 @@ FIXED: Schema = {
     "SOLVER.FINAL_LR": (float, 0.0),  # at the end of a cosine; not scaled with the batch
     "SOLVER.PRECISION": (Literal["bf16", "fp32"], "bf16"),  # of the forward pass; losses are always fp32
     "SOLVER.CHANNELS_LAST": (bool, True),  # memory layout of 4-D weights
+    # torch.compile for trunks and views. auto: on CUDA, if it works; on: also on the CPU, refused if it does not work.
+    "SOLVER.COMPILE": (Literal["auto", "on", "off"], "auto"),
     "SOLVER.PRECISE_BN_ITERS": (int, 0),  # batches that re-estimate BN statistics before the export; 0 is off
     "CHECKPOINT.SAVE_EVERY_MINUTES": (float, 10.0),  # wall clock; 0 saves after every step
     "CHECKPOINT.KEEP_LAST": (int, 3),  # checkpoints
@@ -241,6 +246,8 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
     """
     if isinstance(value, str) and expected is not str and typing.get_origin(expected) is not Literal:
         value = _literal(value)
+    if isinstance(value, bool) and typing.get_origin(expected) is Literal:
+        value = "on" if value else "off"  # words that YAML reads as True and False
     if _matches(value, expected):
         return _converted(value, expected)
     raise ConfigError(f"{key} is {value!r}; it must be {_describe(expected)}")

@@ -11,7 +11,7 @@ from detco.artifact import Artifact, Preprocess, write_artifact
 from detco.methods.base import Method
 from detco.views.base import ViewRecipe
 from pretrain.data import Batch
-from pretrain.trainer import to_device
+from pretrain.prefetch import to_device
 
 
 def export_artifact(file: Path, method: Method, preprocess: Preprocess, provenance: Mapping[str, Any]) -> None:

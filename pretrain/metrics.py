@@ -6,7 +6,8 @@ Everything of a JSON line except "time" is a function of the config and the imag
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,8 @@ class Timing(NamedTuple):
 
     Attributes:
         images_per_second: Over all processes.
-        data_wait_share: Share of the time in which this process waited for its loader, in [0, 1].
+        data_wait_share: Share of the time in which the device of this process had nothing to do but wait for its
+            loader, in [0, 1].
         eta_seconds: To the last step, at the average pace since this process started.
     """
 
@@ -67,17 +69,27 @@ class Timing(NamedTuple):
 class Pace:
     """Wall-clock times of the loop of this process."""
 
-    def __init__(self, batch_size_total: int) -> None:
+    def __init__(self, batch_size_total: int, device: torch.device) -> None:
         self._batch_size_total = batch_size_total
+        self._device = device
         self._lap_started = time.perf_counter()
-        self._waited = 0.0
+        self._waits: list[_Idle] = []
         self._steps = 0
         self._laps: list[float] = []  # seconds per step
 
-    def waited(self, seconds: float) -> None:
-        """Count one step, for whose batch the loop waited this long."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in which the device runs out of work inside this as waited for the loader."""
+        idle = _Idle(self._device)
+        try:
+            yield
+        finally:
+            idle.end()
+            self._waits.append(idle)
+
+    def stepped(self) -> None:
+        """Count one step."""
         self._steps += 1
-        self._waited += seconds
 
     def lap(self, steps_left: int) -> Timing:
         """Return the times since the last lap. The first lap holds the start-up, so the ETA forgets it."""
@@ -87,11 +99,44 @@ class Pace:
         later_laps = self._laps[1:] or self._laps
         timing = Timing(
             images_per_second=self._steps * self._batch_size_total / seconds,
-            data_wait_share=self._waited / seconds,
+            data_wait_share=sum(idle.seconds() for idle in self._waits) / seconds,
             eta_seconds=steps_left * sum(later_laps) / len(later_laps),
         )
-        self._lap_started, self._waited, self._steps = now, 0.0, 0
+        self._lap_started, self._waits, self._steps = now, [], 0
         return timing
+
+
+class _Idle:
+    """How long a device has nothing to do between two moments of this process.
+
+    The CPU does what it is told at once: all the time between them. A GPU works off a queue: from when it was through
+    with what had been queued at the first moment until the second, and not at all if it was busy all along.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin."""
+        self._device = device
+        self._marks = [self._mark()]
+
+    def end(self) -> None:
+        """End, without waiting for the device."""
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Return the time; waits until the device has come to the end."""
+        first, last = self._marks
+        if isinstance(first, torch.cuda.Event):
+            last.synchronize()
+            return float(first.elapsed_time(last)) / 1000
+        return float(last - first)
+
+    def _mark(self) -> Any:
+        """A moment: seconds, or an event in the queue of the device."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class Reporter:

@@ -1,6 +1,7 @@
 """One pretraining run, from a config to an artifact. The only module that reads the config."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from detco.methods.base import Method
 from detco.views.base import ViewRecipe
 from pretrain import config
 from pretrain.checkpoint import CheckpointError, CheckpointFolder, load_model, own_buffers, read
+from pretrain.compile import choose_compiler, compile_trunks, compiled
 from pretrain.data import BadSampleLog, BatchSampler, build_loader
 from pretrain.export import export_artifact, reestimate_bn
 from pretrain.images import ImageList, list_images
@@ -41,6 +43,7 @@ class _Run:
     proposals: ProposalStore | None
     proposals_digest: str | None  # kept here, because it costs a pass over the file
     plan: Plan
+    is_compiled: bool
     directory: Path
 
     @property
@@ -134,7 +137,8 @@ def _prepare(world: World, cfg: CfgNode, directory: Path) -> _Run:
             f"the processes see different proposals under DATA.PROPOSALS {cfg.DATA.PROPOSALS}; copy the same to all"
         )
     plan = agree(lambda: _plan(cfg, steps_per_epoch), world)
-    return _Run(cfg, method, recipe, images, proposals, proposals_digest, plan, directory)
+    is_compiled = choose_compiler(cfg.SOLVER.COMPILE, world)
+    return _Run(cfg, method, recipe, images, proposals, proposals_digest, plan, is_compiled, directory)
 
 
 def _micro_batch(batch_size_total: int, world_size: int, accumulate_steps: int) -> int:
@@ -258,7 +262,8 @@ def _train_and_export(run: _Run, world: World, saved: dict[str, Any] | None) -> 
         trust_coefficient=solver.TRUST_COEFFICIENT,
     )
     bad_samples = BadSampleLog(run.directory / "bad_samples.jsonl", len(run.images))
-    trainer = Trainer(run.method, run.recipe, optimizer, plan, world, bad_samples)
+    render = _compile(run, world) if run.is_compiled else run.recipe.render
+    trainer = Trainer(run.method, render, optimizer, plan, world, bad_samples)
     if saved:
         agree(lambda: _restore(trainer, saved, world), world)
         logger.info("resumed at step %s of %s", start_step, plan.total_steps)
@@ -288,6 +293,13 @@ def _train_and_export(run: _Run, world: World, saved: dict[str, Any] | None) -> 
         export_artifact(artifact, run.method, run.recipe.preprocess, _provenance(run, plan.total_steps))
         logger.info("finished: %s", artifact)
     return DONE
+
+
+def _compile(run: _Run, world: World) -> Callable[[Any], Any]:
+    """Compile what can be, and return the views' device half."""
+    num_stages = compile_trunks(run.method, world, falls_back=run.cfg.SOLVER.COMPILE == "auto")
+    logger.info("compiling the views and %s stages of trunks: the first step takes longer", num_stages)
+    return compiled(run.recipe.render)
 
 
 def _loader(run: _Run, world: World, start_step: int, total_steps: int) -> Any:

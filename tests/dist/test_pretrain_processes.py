@@ -50,7 +50,8 @@ def one_bad_loss(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     method = toy_run.Toy()
     optimizer = build_sgd(method, lr=0.1, momentum=0.9, weight_decay=0.0)
     plan = Plan(0, 8, 4, 6, 1, 0.1, lambda progress: 1.0, False, 1, 60.0)
-    trainer = Trainer(method, toy_run.ToyRecipe(), optimizer, plan, world, BadSampleLog(Path(folder) / "bad.jsonl", 24))
+    log = BadSampleLog(Path(folder) / "bad.jsonl", 24)
+    trainer = Trainer(method, toy_run.ToyRecipe().render, optimizer, plan, world, log)
 
     def batch(step: int) -> Batch:
         generator = torch.Generator().manual_seed(10 * step + rank)
@@ -98,6 +99,7 @@ def accumulated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """Three steps of two micro-batches each, and the same steps of one process with all images at once."""
     toy_run = load_toy()
     exchanges: list[int] = []
+    reduced: list[int] = []  # numbers of each all-reduce, those of gradients too
 
     class Counted(DistributedDataParallel):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -115,7 +117,7 @@ def accumulated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         optimizer = build_sgd(method, lr=0.1, momentum=0.9, weight_decay=0.0)
         plan = Plan(0, 8, 4, 12, accumulate_steps, 0.1, lambda progress: 1.0, False, 1, 60.0)
         log = BadSampleLog(Path(folder) / "bad.jsonl", 24)
-        trainer = Trainer(method, toy_run.ToyRecipe(), optimizer, plan, world, log)
+        trainer = Trainer(method, toy_run.ToyRecipe().render, optimizer, plan, world, log)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             crop = torch.randint(256, (12, 3, 16, 16), generator=generator, dtype=torch.uint8)[rows]
@@ -125,9 +127,12 @@ def accumulated(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
     patch = pytest.MonkeyPatch()
     patch.setattr("pretrain.trainer.DistributedDataParallel", Counted)
+    original = dist.all_reduce
+    patch.setattr(dist, "all_reduce", lambda t, *args, **kw: (reduced.append(t.numel()), original(t, *args, **kw))[1])
     joint = train(world_of(rank, world_size), slice(6 * rank, 6 * rank + 6), 2)
     patch.undo()
-    return {"joint": joint, "alone": train(world_of(0, 1), slice(None), 1), "exchanges": len(exchanges)}
+    alone = train(world_of(0, 1), slice(None), 1)
+    return {"joint": joint, "alone": alone, "exchanges": len(exchanges), "reduced": reduced}
 
 
 def test_two_processes_of_two_micro_batches_equal_one_of_all_images_and_exchange_gradients_once(
@@ -135,6 +140,8 @@ def test_two_processes_of_two_micro_batches_equal_one_of_all_images_and_exchange
 ) -> None:
     first, second = run_distributed(accumulated, 2, str(tmp_path))
     assert first["exchanges"] == second["exchanges"] == 3, "once per step"
+    num_weights = sum(tensor.numel() for name, tensor in first["alone"].items() if name.startswith("student"))
+    assert first["reduced"] == [num_weights, 3] * 3, "and what all decide, in three numbers"
     for name, tensor in first["alone"].items():
         assert torch.equal(first["joint"][name], second["joint"][name]), name
         torch.testing.assert_close(first["joint"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)

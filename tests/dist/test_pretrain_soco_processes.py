@@ -12,7 +12,7 @@ import torch
 from torchvision.models.resnet import ResNet
 
 from detco.artifact import read_artifact
-from detco.views.host import decode
+from detco.views.photo import decode
 from pretrain.checkpoint import read
 from pretrain.config import load_config
 from pretrain.images import list_images

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from detco.methods import METHODS
-from detco.views.host import decode
+from detco.views.photo import decode
 from pretrain.__main__ import main
 from pretrain.images import list_images
 from pretrain.proposals.columns import ImageProposals, stack

@@ -58,11 +58,13 @@ def test_a_resumed_reporter_removes_what_lies_beyond_its_step_and_half_a_line(tm
 def test_pace_measures_images_waiting_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("pretrain.metrics.time.perf_counter", lambda: now[0])
-    pace = Pace(batch_size_total=32)
+    pace = Pace(32, torch.device("cpu"))
     for seconds in (100.0, 4.0):  # the first lap holds the start-up
         for _ in range(2):
-            pace.waited(0.5)
-        now[0] += seconds
+            with pace.waiting():
+                now[0] += 0.5
+            pace.stepped()
+        now[0] += seconds - 1.0
         timing = pace.lap(steps_left=10)
     assert timing == Timing(images_per_second=16.0, data_wait_share=0.25, eta_seconds=20.0)
 

@@ -230,12 +230,25 @@ def test_the_config_is_frozen() -> None:
         load_config(None).SOLVER.EPOCHS = 3
 
 
+def test_words_that_yaml_takes_for_truth_values_are_words_where_words_are_wanted(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for word in ("on", "off", "auto"):
+        file.write_text(f"SOLVER:\n  COMPILE: {word}\n")
+        cfg = load_config(file)
+        file.write_text(cfg.dump())
+        given, saved = cfg.SOLVER.COMPILE, load_config(file).SOLVER.COMPILE
+        assert (given, saved) == (word, word)
+    file.write_text("SOLVER:\n  PRECISION: off\n")
+    with pytest.raises(ConfigError, match=r"SOLVER\.PRECISION is 'off'; it must be one of bf16, fp32"):
+        load_config(file)
+
+
 def test_the_digest_sees_what_changes_weights_and_nothing_else() -> None:
     cfg = load_config(None)
     for same in (
         keys(OUTPUT_DIR="x", DATA__ROOT="y", DATA__PROPOSALS="z"),
         keys(DATA__NUM_WORKERS=0, LOG__EVERY_STEPS=1),
-        keys(CHECKPOINT__KEEP_LAST=9),
+        keys(CHECKPOINT__KEEP_LAST=9, SOLVER__COMPILE="on"),
     ):
         assert digest(load_config(None, same)) == digest(cfg)
     for other in (keys(SEED=1), keys(METHOD__TEMPERATURE=0.1), keys(VIEWS__BLUR_SIGMA="(0.1, 1.0)")):

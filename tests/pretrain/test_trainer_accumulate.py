@@ -14,7 +14,8 @@ from detco.methods.base import StepOutput
 from pretrain.data import BadSampleLog, Batch
 from pretrain.launch import StopRequest, World
 from pretrain.optim import build_sgd
-from pretrain.trainer import NonFiniteError, Plan, Trainer, part_of, seed_step
+from pretrain.prefetch import part_of
+from pretrain.trainer import NonFiniteError, Plan, Trainer, seed_step
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 PLAN = Plan(
@@ -46,7 +47,8 @@ def make_trainer(_toy_registered: None, tmp_path: Path) -> Callable[..., Trainer
         method = toy_run.Toy(**options)
         optimizer = build_sgd(method, lr=0.1, momentum=0.9, weight_decay=1e-4)
         plan = dataclasses.replace(PLAN, accumulate_steps=accumulate_steps)
-        return Trainer(method, toy_run.ToyRecipe(), optimizer, plan, ALONE, BadSampleLog(tmp_path / "bad.jsonl", 24))
+        log = BadSampleLog(tmp_path / "bad.jsonl", 24)
+        return Trainer(method, toy_run.ToyRecipe().render, optimizer, plan, ALONE, log)
 
     return make
 

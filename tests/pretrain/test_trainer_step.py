@@ -44,7 +44,7 @@ def trainer(_toy_registered: None, tmp_path: Path) -> Trainer:
     torch.manual_seed(0)
     method = toy_run.Toy()
     optimizer = build_sgd(method, lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return Trainer(method, toy_run.ToyRecipe(), optimizer, PLAN, ALONE, BadSampleLog(tmp_path / "bad.jsonl", 24))
+    return Trainer(method, toy_run.ToyRecipe().render, optimizer, PLAN, ALONE, BadSampleLog(tmp_path / "bad.jsonl", 24))
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -128,15 +128,41 @@ def test_weight_decay_is_on_everything_trained_and_on_nothing_else(trainer: Trai
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
 
 
-def test_what_a_step_draws_depends_on_seed_step_and_rank_alone() -> None:
+@pytest.mark.usefixtures("_toy_registered")
+def test_fused_sgd_is_plain_sgd_to_the_bit() -> None:
+    fused, plain = (sys.modules["toy_run"].Toy() for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    ours = build_sgd(fused, lr=0.1, momentum=0.9, weight_decay=0.01)
+    theirs = torch.optim.SGD(plain.student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, foreach=False)
+    for step in range(3):
+        for left, right in zip(fused.student.parameters(), plain.student.parameters(), strict=True):
+            left.grad = torch.randn(left.shape, generator=torch.Generator().manual_seed(step))
+            right.grad = left.grad.clone()
+        ours.step()
+        theirs.step()
+    for name, tensor in fused.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+def test_what_a_step_draws_on_the_cpu_depends_on_seed_and_step_and_is_alike_on_all_ranks() -> None:
     def draw(*key: int) -> list[float]:
         seed_step(*key)
         return torch.rand(3).tolist()
 
     first = draw(0, 5, 0)
     torch.rand(100)
-    assert draw(0, 5, 0) == first
-    assert len({tuple(draw(*key)) for key in [(0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1)]}) == 4
+    assert draw(0, 5, 0) == draw(0, 5, 1) == first
+    assert len({tuple(draw(*key)) for key in [(0, 5, 0), (1, 5, 0), (0, 6, 0)]}) == 3
+
+
+def test_what_a_step_draws_on_a_gpu_depends_on_the_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: dict[tuple[int, int, int], int] = {}
+    for key in [(0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1)]:
+        monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed, key=key: seeds.update({key: seed}))
+        seed_step(*key)
+    assert len(set(seeds.values())) == 4
+    seed_step(0, 5, 0)
+    assert seeds[0, 5, 0] == torch.initial_seed()  # alone, both generators have one seed
 
 
 def test_too_many_unreadable_files_stop_the_run_before_the_step_counts(trainer: Trainer) -> None:

@@ -17,6 +17,8 @@ from detco.artifact import IMAGENET_RGB
 from detco.methods import METHODS
 from detco.methods.base import Method, StepOutput
 from detco.views.base import ProposalRecipe, Proposals, ViewRecipe
+from detco.views.host import CropBox
+from detco.views.photo import Photo
 from pretrain.__main__ import main
 
 
@@ -30,9 +32,9 @@ class ToyRecipe(ViewRecipe[ToySample, Tensor]):
     def __init__(self, *, size: int = 16) -> None:
         self.size = size
 
-    def draw(self, image: Tensor, rng: np.random.Generator) -> ToySample:
-        top, left = (int(rng.integers(side - self.size + 1)) for side in image.shape[1:])
-        return ToySample(image[:, top : top + self.size, left : left + self.size].clone())
+    def draw(self, photo: Photo, rng: np.random.Generator) -> ToySample:
+        top, left = (int(rng.integers(side - self.size + 1)) for side in (photo.height, photo.width))
+        return ToySample(*photo.crops([(CropBox(top, left, self.size, self.size), self.size)]))
 
     def render(self, batch: ToySample) -> Tensor:
         return batch.crop.float() / 255
@@ -46,10 +48,10 @@ class ToyBoxRecipe(ProposalRecipe[ToySample, Tensor]):
     def __init__(self, *, size: int = 16) -> None:
         self.size = size
 
-    def draw_with_proposals(self, image: Tensor, proposals: Proposals, rng: np.random.Generator) -> ToySample:
+    def draw_with_proposals(self, photo: Photo, proposals: Proposals, rng: np.random.Generator) -> ToySample:
         left, top = (int(corner) for corner in proposals.boxes_image_px[0, :2])
-        top, left = (min(start, side - self.size) for start, side in zip((top, left), image.shape[1:], strict=True))
-        return ToySample(image[:, top : top + self.size, left : left + self.size].clone())
+        top, left = min(top, photo.height - self.size), min(left, photo.width - self.size)
+        return ToySample(*photo.crops([(CropBox(top, left, self.size, self.size), self.size)]))
 
     def render(self, batch: ToySample) -> Tensor:
         return batch.crop.float() / 255
