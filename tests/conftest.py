@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partialmethod
@@ -17,6 +18,7 @@ import torch.multiprocessing as mp
 from PIL import Image, ImageDraw
 from torchvision.models.resnet import ResNet
 
+TOOLS = Path(__file__).parents[1] / "tools"
 PHOTO_COUNT = 24
 PRELOADED_MODULES = ["pytest", "torch", "torchvision", "detco.methods", "pretrain.run", "pretrain.proposals.search"]
 PRELOADED_MODULES += ["skimage.feature", "skimage.segmentation"]
@@ -89,11 +91,15 @@ def load_tool() -> Callable[[str], ModuleType]:
     """`load_tool(name)` is the module tools/<name>.py, which lies in no package."""
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        sys.path.insert(0, str(TOOLS))  # where a script finds the modules beside it
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(TOOLS))
         return module
 
     return load
