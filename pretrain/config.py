@@ -34,7 +34,7 @@ Schema = dict[str, tuple[Any, Any]]
 FIXED: Schema = {
     "SEED": (int, 0),  # of weights, data order, views and everything drawn in a step
     "OUTPUT_DIR": (str, ""),  # run directory; --output-dir sets it
-    "DATA.ROOT": (str, ""),  # folder (tree) of images, or a .txt file listing them
+    "DATA.ROOT": (str, ""),  # folder (tree) of images or tar shards, .txt file listing images, or URL of shards
     "DATA.PROPOSALS": (str, ""),  # of tools/generate_proposals.py, for views that are drawn around objects
     "DATA.NUM_WORKERS": (int, 4),  # loader processes per training process; 0 loads in the training process
     "METHOD.NAME": (str, "detco"),  # a key of detco.methods.METHODS

@@ -6,7 +6,7 @@ Its imports take as long as those of the training process. So it is started befo
 import multiprocessing
 from multiprocessing import forkserver
 
-PRELOADED_MODULES = ["torch", "torchvision", "pretrain.data"]
+PRELOADED_MODULES = ["torch", "pretrain.data"]
 """What is imported once, so that a worker starts in milliseconds."""
 
 

@@ -11,7 +11,6 @@ are named and left out.
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np
+import torch
+from benchmarking import machine_name
 from numpy.typing import NDArray
 
 from detco.views import decode
@@ -205,16 +206,6 @@ def _as_cell(found: Coverage | None) -> str:
     return f"{found.average_best_overlap:.3f} / {found.recall_50:.3f} / {found.recall_70:.3f}"
 
 
-def machine_name() -> str:
-    """The processor as Linux names it, elsewhere as Python does."""
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def chosen_searches(args: argparse.Namespace) -> list[SearchParams]:
     """The backends asked for, or all that are installed; says which are left out and why."""
     searches = []
@@ -254,10 +245,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     libraries = {name: version for row in rows for name, version in row.versions.items()}
     named = ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
     megapixels = np.mean([photo.pixels.shape[0] * photo.pixels.shape[1] for photo in photos]) / 1e6
-    print(f"{machine_name()}; {named}; {len(photos)} images of {megapixels:.2f} megapixels in the mean\n")
+    print(
+        f"{machine_name(torch.device('cpu'))}; {named}; {len(photos)} images of {megapixels:.2f} megapixels in the mean\n"
+    )
     print(as_table(rows))
     if args.json:
-        content = {"machine": machine_name(), "rows": [dataclasses.asdict(row) for row in rows]}
+        content = {"machine": machine_name(torch.device("cpu")), "rows": [dataclasses.asdict(row) for row in rows]}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

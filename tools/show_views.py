@@ -222,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = result.add_argument_group("what to draw")
-    what.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, or a text file listing them")
+    what.add_argument("images", metavar="IMAGES", help="folder of images or tar shards, or a text file listing them")
     what.add_argument("--num-images", type=int, default=4, metavar="N", help="rows of the sheet (default: 4)")
     what.add_argument("--seed", type=int, metavar="S", help="seed of the samples (default: SEED of the config)")
     what.add_argument("--epoch", type=int, default=0, metavar="E", help="epoch of the samples (default: 0)")

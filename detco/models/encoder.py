@@ -91,7 +91,8 @@ class Encoder(nn.Module):
 
     def _pool(self, images: Tensor) -> dict[str, Tensor]:
         features = self.trunk(images)
-        return {stage: getattr(features, stage).mean(dim=(2, 3)) for stage in self.stages}
+        # A mean with the channels last has a gradient that lies in memory as the network's own do: none is converted.
+        return {stage: getattr(features, stage).permute(0, 2, 3, 1).mean(dim=(1, 2)) for stage in self.stages}
 
 
 def _unit(embeddings: Tensor) -> Tensor:
