@@ -298,7 +298,10 @@ def _train_and_export(run: _Run, world: World, saved: dict[str, Any] | None) -> 
 def _compile(run: _Run, world: World) -> Callable[[Any], Any]:
     """Compile what can be, and return the views' device half."""
     num_stages = compile_trunks(run.method, world, falls_back=run.cfg.SOLVER.COMPILE == "auto")
-    logger.info("compiling the views and %s stages of trunks: the first step takes longer", num_stages)
+    logger.info(
+        "compiling the views and %s stages of trunks: the first steps take minutes (SOLVER.COMPILE off starts at once)",
+        num_stages,
+    )
     return compiled(run.recipe.render)
 
 

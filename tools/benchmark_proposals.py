@@ -245,12 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     libraries = {name: version for row in rows for name, version in row.versions.items()}
     named = ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
     megapixels = np.mean([photo.pixels.shape[0] * photo.pixels.shape[1] for photo in photos]) / 1e6
-    print(
-        f"{machine_name(torch.device('cpu'))}; {named}; {len(photos)} images of {megapixels:.2f} megapixels in the mean\n"
-    )
+    machine = machine_name(torch.device("cpu"))
+    print(f"{machine}; {named}; {len(photos)} images of {megapixels:.2f} megapixels in the mean\n")
     print(as_table(rows))
     if args.json:
-        content = {"machine": machine_name(torch.device("cpu")), "rows": [dataclasses.asdict(row) for row in rows]}
+        content = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

@@ -34,6 +34,16 @@ def test_every_readme_command_runs_from_images_to_a_table(
     assert r"\toprule" in (tmp_path / "table.tex").read_text()
 
 
+@pytest.mark.e2e
+def test_the_documented_shards_are_packed_and_pretrained_on(
+    tmp_path: Path, run_documented: Callable[..., list[str]], photo_dir: Path
+) -> None:
+    run_documented(ROOT / "docs/shards.md", {"IMAGES": str(photo_dir)})
+
+    assert (tmp_path / "shards/image_index.npz").exists()
+    assert (tmp_path / "runs/detco/model.safetensors").exists()
+
+
 def test_every_file_the_readme_names_exists() -> None:
     named = set(
         re.findall(
