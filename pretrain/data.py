@@ -4,6 +4,7 @@ Which samples make up a step, and every random parameter of a sample, are functi
 neither the number of workers, nor the number of processes, nor an interruption changes what the network sees.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -233,6 +234,8 @@ def _collate(items: Sequence[Item] | _Failure) -> Batch | _Failure:
 def _start_worker(worker_id: int) -> None:
     # One thread per worker: the workers are the parallelism. Ctrl-C is for the trainer, which ends its workers itself.
     torch.set_num_threads(1)
+    # A collection of garbage writes to every object it looks at, and would copy what the fork server has imported.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # PyTorch's own watch looks at the parent, which is the fork server here; a killed trainer would leave all behind.
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()

@@ -33,7 +33,8 @@ class KeyQueue(nn.Module):
     def __init__(self, dim: int, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.register_buffer("keys", F.normalize(torch.randn(dim, capacity), dim=0))
+        # Column by column in memory, as keys are pushed and as products with them read them fastest.
+        self.register_buffer("keys", F.normalize(torch.randn(dim, capacity), dim=0).T.contiguous().T)
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -67,3 +67,12 @@ def test_keys_and_cursor_are_saved_with_the_model():
     restored.load_state_dict(queue.state_dict())
     assert torch.equal(restored.keys, queue.keys)
     assert restored.cursor.item() == 2
+
+
+def test_a_key_lies_together_in_memory_also_after_a_resume():
+    queue = KeyQueue(dim=4, capacity=6)
+    assert queue.keys.stride() == (1, 4)
+    resumed = KeyQueue(dim=4, capacity=6)
+    resumed.load_state_dict({"keys": queue.keys.contiguous(), "cursor": queue.cursor})
+    resumed.push(unit_keys(2))
+    assert resumed.keys.stride() == (1, 4)

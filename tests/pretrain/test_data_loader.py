@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -50,6 +51,13 @@ class Suicidal(NoisyPixels):
     def draw(self, photo: Photo, rng: np.random.Generator) -> NoisyPixel:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
+
+
+class FrozenObjects(NoisyPixels):
+    """How many objects the garbage collector of the worker passes over."""
+
+    def draw(self, photo: Photo, rng: np.random.Generator) -> NoisyPixel:
+        return super().draw(photo, rng)._replace(noise=torch.tensor(gc.get_freeze_count()))
 
 
 class Buggy(NoisyPixels):
@@ -109,6 +117,11 @@ UNREADABLE = {
 
 def test_worker_processes_change_no_batch(hostile_dir: Path) -> None:
     assert_same(load(hostile_dir, total_steps=19), load(hostile_dir, total_steps=19, num_workers=2))
+
+
+def test_a_worker_leaves_what_it_was_forked_with_out_of_its_garbage_collections(photo_dir: Path) -> None:
+    (batch,) = load(photo_dir, FrozenObjects(), total_steps=1, num_workers=1)
+    assert batch.sample.noise.min() > 100_000  # torch alone makes more objects
 
 
 def test_odd_files_pass_through_a_real_recipe(hostile_dir: Path) -> None:
