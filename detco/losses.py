@@ -43,7 +43,12 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: fl
         positive: Unit length, shape (N, D): row n belongs to the same image as row n of `query`.
         negatives: Unit length columns, shape (D, K), fastest with each together in memory. They take no gradient.
         temperature: Above 0; cosines are divided by it.
+
+    Raises:
+        ValueError: If `negatives` want a gradient, which they would not get.
     """
+    if negatives.requires_grad and torch.is_grad_enabled():
+        raise ValueError("info_nce has no gradient for its negatives, but they require one; detach() them")
     with torch.autocast(query.device.type, enabled=False):
         query = full_precision(query) / temperature
         positive_logit = (query * full_precision(positive)).sum(dim=1)
@@ -72,6 +77,8 @@ class _LogSumExpOfProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # only where this is to be differentiated again, and what is kept is a constant
+            raise RuntimeError("info_nce can be differentiated once only, without create_graph")
         (per_query,) = ctx.saved_tensors
         return gradients[0].unsqueeze(1) * per_query, None
 

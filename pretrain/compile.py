@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 from detco.models.norm import SyncBatchNorm
@@ -90,6 +91,7 @@ def compile_trunks(method: nn.Module, world: World, *, falls_back: bool) -> int:
     # Cutting graphs at DistributedDataParallel's buckets is for a network that is one graph.
     settings.optimize_ddp = False
     settings.suppress_errors = falls_back
+    _compile_backward_with_forward()
     for stage in stages:
         stage.compile(backend=BACKEND, dynamic=False)
     return len(stages)
@@ -98,6 +100,18 @@ def compile_trunks(method: nn.Module, world: World, *, falls_back: bool) -> int:
 def compiled(render: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`render`, compiled when it is first run; every batch has the same shapes."""
     return torch.compile(render, backend=BACKEND, dynamic=False)
+
+
+def _compile_backward_with_forward() -> None:
+    """Compile a backward graph when its forward graph is, where one that fails can still be run uncompiled.
+
+    By default it is compiled when it is first run, and then there is nothing to fall back on: the run would end.
+    """
+    settings = torch._functorch.config
+    if hasattr(settings, "force_non_lazy_backward_lowering"):
+        settings.force_non_lazy_backward_lowering = True
+    else:  # torch 2.8
+        logger.warning("with this torch, a backward graph that cannot be compiled ends the run: SOLVER.COMPILE off")
 
 
 def _communicates(stage: nn.Module) -> bool:

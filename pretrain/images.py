@@ -87,12 +87,15 @@ def list_images(root: str | Path, cache_dir: Path | None = None) -> ImageList:
     if is_address(str(root)):
         return _announced(open_remote_shards(str(root)), started_s)
     source = Path(root).expanduser().resolve()
+    if "://" in str(root):
+        raise ValueError(f"DATA.ROOT {root} is an address, of which only http:// and https:// can be read")
     if not source.exists():
         raise FileNotFoundError(f"DATA.ROOT {root} does not exist (looked for {source})")
     if not source.is_dir() and source.suffix.lower() != ".txt":
+        of_shards = source.suffix.lower() == ".tar" or source.name == INDEX_NAME
         raise ValueError(
             f"DATA.ROOT {root} is neither a folder (of images or of .tar files) nor a .txt listing with one path per "
-            f"line"
+            f"line{f'; name the folder that it lies in, {source.parent}' if of_shards else ''}"
         )
     if (source / INDEX_NAME).is_file():
         return _announced(open_shards(source), started_s)

@@ -12,7 +12,7 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from pretrain.image_list import ImagesLost
 from pretrain.shards import INDEX_NAME, ShardIndex, ShardList
@@ -47,6 +47,23 @@ def is_address(root: str) -> bool:
     return root.lower().startswith(("http://", "https://"))
 
 
+def _parts_of_index(address: str) -> tuple[SplitResult, str]:
+    """The parts of an index's address, and its host; raises ValueError if it is no such address."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError:  # of the standard library, for ports and brackets; it may repeat what is a secret
+        parts, port = SplitResult("", "", "", "", ""), None
+    if not parts.path.endswith(".npz") or parts.username is not None or not parts.hostname:
+        host = f"{parts.hostname}:{port}" if port else parts.hostname
+        shown = f" {parts.scheme}://{host}{parts.path}" if parts.hostname else ""
+        raise ValueError(
+            f"DATA.ROOT{shown} is not the address of an index: it must be http[s]://HOST[:PORT]/FOLDER/{INDEX_NAME}, "
+            f"the file that tools/make_shards.py wrote beside the shards"
+        )
+    return parts, parts.hostname
+
+
 class _Reply(NamedTuple):
     """What a server said; `body` only if the status is the one that was hoped for."""
 
@@ -75,21 +92,16 @@ class HttpFolder(threading.local):
             ValueError: If it is no address of an index.
         """
         self._arguments = (index_address, patience_s)
-        parts = urlsplit(index_address)
+        parts, host = _parts_of_index(index_address)
         self._folder, _, self._index_name = parts.path.rpartition("/")
-        if not self._index_name.endswith(".npz") or parts.username is not None or not parts.hostname:
-            raise ValueError(
-                f"DATA.ROOT {parts.scheme}://{parts.hostname}{parts.path} is not the address of an index: it must be "
-                f"http[s]://HOST[:PORT]/FOLDER/{INDEX_NAME}, the file that tools/make_shards.py wrote beside the shards"
-            )
         self.root: Path | str = f"{parts.scheme}://{parts.netloc}{self._folder}"
         self._query = f"?{parts.query}" if parts.query else ""
         self._patience_s = patience_s
         self._connection: http.client.HTTPConnection
         if parts.scheme.lower() == "https":
-            self._connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=TIMEOUT_S)
+            self._connection = http.client.HTTPSConnection(host, parts.port, timeout=TIMEOUT_S)
         else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_S)
+            self._connection = http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT_S)
 
     def __reduce__(self) -> tuple[type["HttpFolder"], tuple[str, float]]:
         return HttpFolder, self._arguments

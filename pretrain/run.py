@@ -109,6 +109,9 @@ def _refuse_differences(differences: list[str], source: Path) -> None:
 def _prepare(world: World, cfg: CfgNode, directory: Path) -> _Run:
     """Build everything whose building can refuse, cheapest first."""
     batch = cfg.SOLVER.BATCH_SIZE_TOTAL
+    if len(set(gather(config.digest(cfg), world))) > 1:
+        # Each would draw other random numbers, begin with other weights or wait for the others for ever.
+        raise RefusalError("the processes were started with different configs; give all the same file and options")
 
     def build() -> tuple[ViewRecipe[Any, Any], Method]:
         micro_batch = _micro_batch(batch, world.size, cfg.SOLVER.ACCUMULATE_STEPS)

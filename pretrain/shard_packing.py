@@ -13,9 +13,10 @@ import logging
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,21 +104,35 @@ def _claim(images: ImageList, folder: Path, images_per_shard: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not claim.exists():
-            foreign = sorted(path.name for path in folder.iterdir() if path.name == INDEX_NAME or path.suffix == ".tar")
+            # Images too: beside an index, they would be seen no more.
+            foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
             if foreign:
                 raise ValueError(f"{folder} holds {foreign[0]}, which was not made here; choose another folder")
             with open_atomically(claim) as file:
                 file.write(json.dumps(record, indent=2, sort_keys=True).encode() + b"\n")
-        claimed = json.loads(claim.read_bytes())
+        content = claim.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}; choose another folder") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{claim} is damaged ({error}); remove {folder} and start again") from error
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+    try:
+        claimed = json.loads(content)
+        there = _in_words(claimed)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{claim} is damaged ({type(error).__name__}: {error}); remove {folder} and start again"
+        ) from error
     if claimed != record:
         raise ValueError(
-            f"{folder} holds shards of other images, or of another size: {json.dumps(claimed)} there, "
-            f"{json.dumps(record)} here. Ask for the same, choose another folder, or remove this one"
+            f"{folder} holds shards of other images, or of another size: {there}, and here are {_in_words(record)}. "
+            f"Ask for the same, choose another folder, or remove this one"
         )
+
+
+def _in_words(record: Mapping[str, Any]) -> str:
+    images = record["images"]
+    return (
+        f"{images['count']:,} images (digest {images['digest'][:12]}) in shards of {record['images_per_shard']:,}, "
+        f"version {record['schema']}"
+    )
 
 
 def _place_in(file: Path, images: ImageList, stretch: range) -> NDArray[np.int64] | None:

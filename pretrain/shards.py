@@ -242,7 +242,7 @@ class LocalFolder(threading.local):
             file = io.FileIO(path)
             found_bytes = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise ImagesLost(f"the shard {path} is missing or not readable ({error}): restore it") from error
+            raise ImagesLost(f"the shard {path} is missing or not readable ({error.strerror}): restore it") from error
         if found_bytes != shard_bytes:
             file.close()
             raise ImagesLost(

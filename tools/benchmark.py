@@ -182,7 +182,7 @@ def table(figures: Sequence[Figure], troubles: Mapping[str, str]) -> str:
 
 def _why_not(goal: Goal, figures: Sequence[Figure], troubles: Mapping[str, str]) -> str:
     devices = {"gpu" if is_on_gpu(figure) else "cpu" for figure in figures}
-    if goal.device == "gpu" and "gpu" not in devices:
+    if goal.device == "gpu" and devices == {"cpu"}:
         return "needs a GPU"
     for name in (goal.script, goal.part):
         if name in troubles:
@@ -276,6 +276,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except FileNotFoundError as error:
             parser.error(f"there is no file {error.filename}")
     else:
+        if args.json:
+            try:
+                args.json.open("a").close()
+            except OSError as error:  # now, and not after minutes of measuring
+                parser.error(f"cannot write --json {args.json}: {error.strerror}")
         figures = measure_all(args.only, troubles)
     if args.json:
         args.json.write_text("".join(f"{figure.to_json()}\n" for figure in figures))
@@ -290,7 +295,7 @@ def measure_all(names: Sequence[str], troubles: dict[str, str]) -> list[Figure]:
     figures: list[Figure] = []
     for script in SCRIPTS:
         if script.name not in names:
-            troubles[script.name] = "left out"
+            troubles[script.name] = "was left out"
             continue
         found, trouble = run_script(script, script.on_gpu if torch.cuda.is_available() else script.on_cpu)
         figures += found

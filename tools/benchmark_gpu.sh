@@ -7,32 +7,59 @@
 #   RESULTS  folder for figures.jsonl, table.md, profile.txt and log.txt (default: $OUT, else runs/benchmark_gpu)
 #   WHEELS   folder of wheels; of those, what this Python lacks is put at the end of its path. Never torch
 #   --small  the same parts on the CPU, as small as they can be: to try the script
+#   --help   this
 #
 # From the environment:
 #   PYTHON   interpreter with torch, torchvision and numpy (default: python3)
 #   PARTS    which parts, as in "detco step" (default: all, see ALL_PARTS)
-#   TOTAL_S  seconds for everything (default: 520); parts for which no time is left are named in the table
+#   TOTAL_S  seconds for everything (default: 520); with more, each part may take longer in proportion. Parts for which
+#            no time is left are named in the table
 #
 # A part that fails or takes too long costs its own figures only. Photos are drawn on the spot, nothing has to travel.
+# Exit codes: 0 also if something failed or is not reached, which the table says; 2 refused before any work.
 set -u
 ALL_PARTS="tests detco moco_v2 soco_fpn step eager group start views"
+USUAL_S=520 # what the limits of the parts are made for
+
+refuse() {
+    echo "error: $*; see tools/benchmark_gpu.sh --help" >&2
+    exit 2
+}
 
 small=
-if [ "${1:-}" = --small ]; then
-    small=1
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help)
+            sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+            exit
+            ;;
+        --small) small=1 ;;
+        -*) refuse "there is no option $1" ;;
+        *) break ;;
+    esac
     shift
-fi
+done
+[ $# -gt 2 ] && refuse "there are more words than RESULTS and WHEELS: $*"
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=${1:-${OUT:-$root/runs/benchmark_gpu}}
 wheels=${2:-}
 python=${PYTHON:-python3}
 parts=${PARTS:-$ALL_PARTS}
-total_s=${TOTAL_S:-520}
+total_s=${TOTAL_S:-$USUAL_S}
 table_s=8 # kept for the table
 least_s=4 # a part that gets less is not started
 
+for name in $parts; do
+    [[ " $ALL_PARTS none " == *" $name "* ]] || refuse "PARTS has $name, which is none of: $ALL_PARTS"
+done
+[[ $total_s =~ ^[1-9][0-9]*$ ]] || refuse "TOTAL_S is $total_s, which is no number of seconds"
+command -v "$python" >/dev/null || refuse "there is no program $python: set PYTHON"
+[ -z "$wheels" ] || [ -d "$wheels" ] || refuse "there is no folder $wheels of wheels"
 mkdir -p "$results" || exit 2
 results=$(cd "$results" && pwd)
+# Relative to where the script was called, and not to the project:
+[ -z "$wheels" ] || wheels=$(cd "$wheels" && pwd)
+case $python in [!/]*/*) python=$PWD/$python ;; esac
 log=$results/log.txt
 figures=$results/figures.jsonl
 : >"$log"
@@ -85,6 +112,7 @@ part() {
         trouble "$name" "no time was left"
         return
     fi
+    [ "$total_s" -gt "$USUAL_S" ] && limit=$((limit * total_s / USUAL_S))
     [ "$limit" -gt "$left" ] && limit=$left
     say "$name, at most $limit s: $*"
     timeout --kill-after=10 "$limit" "$@" >>"$figures" 2>>"$log"
@@ -109,7 +137,7 @@ if [ -n "$small" ]; then
     step+=(--cpu --batch-size 2 --memory-batch-size 2 --queue-size 64 --global-size 64 --patch-size 32)
     step+=(--rounds 1 --min-seconds 0)
     views+=(--device cpu --num-photos 2 --large-photos 1 --batch-size 2 --rounds 1 --min-seconds 0)
-    tests=(tests/detco/test_losses.py)
+    tests=(tests/detco/test_models_ema.py)
 fi
 pytest_main='import os, sys; os.dup2(2, 1); import pytest; sys.exit(pytest.main(sys.argv[1:]))' # all it says goes to 2
 whole=(--parts train reference --rounds 2 --seconds 5 --profile "$results/profile.txt")

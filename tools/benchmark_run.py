@@ -50,6 +50,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; at least one is needed")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; at least one image is needed")
     import torch  # not above: loader workers import this file, and would hold more memory than in a real run
 
     args.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")

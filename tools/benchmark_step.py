@@ -68,12 +68,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     args.device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     on_gpu = args.device.type == "cuda"
-    args.batch_size = args.batch_size or (256 if on_gpu else 8)
-    args.memory_batch_size = args.memory_batch_size or (256 if on_gpu else 32)
+    args.batch_size = (256 if on_gpu else 8) if args.batch_size is None else args.batch_size
+    args.memory_batch_size = (256 if on_gpu else 32) if args.memory_batch_size is None else args.memory_batch_size
     args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     args.compile = args.compile or ("on" if on_gpu and _can_compile(args.device) else "off")
     args.rounds = (5 if on_gpu else 3) if args.rounds is None else args.rounds
     for size in (args.batch_size, args.memory_batch_size):
+        if size < 1:
+            parser.error(f"a batch of {size} images was asked for; at least one is needed")
         if args.queue_size % size:
             parser.error(f"--queue-size {args.queue_size} is not a multiple of the batch of {size}: change one of them")
     if args.rounds < 1:

@@ -30,7 +30,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", metavar="IMAGES", help="what DATA.ROOT takes: a folder, a .txt listing, tar shards")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the shards")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder of the shards: a new or empty one"
+    )
     parser.add_argument(
         "--shard-size",
         type=int,

@@ -190,13 +190,19 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             Of the shape and dtype of `input`; statistics are computed in float32 or better, even under autocast.
 
         Raises:
-            ValueError: If B is not a multiple of the number of groups.
+            ValueError: If B is not a multiple of the number of groups, or a group has one value per channel, which has
+                no variance.
         """
         num_groups = len(self.group_momenta)
         if num_groups == 1 or not self.training:
             return super().forward(input)
         if len(input) % num_groups:
             raise ValueError(f"{len(input)} images do not split into {num_groups} BatchNorm groups of one size")
+        if input[:, 0].numel() == num_groups:
+            raise ValueError(
+                f"a BatchNorm group of {tuple(input.shape)} in {num_groups} groups has one value per channel, which "
+                f"has no variance; use larger groups or larger views"
+            )
         cast(Tensor, self.num_batches_tracked).add_(num_groups)
         # A compiler makes few kernels of plain operations on all groups; without one, each would be a pass of its own.
         return self._normalise_together(input) if torch.compiler.is_compiling() else self._normalise_in_turn(input)
@@ -239,8 +245,13 @@ def batch_norm_groups(network: nn.Module, num_groups: int, *, turn: int = 0, num
         num_groups: G.
         turn: Which pass this is, from 0.
         num_turns: Passes with these groups.
+
+    Raises:
+        ValueError: If the momentum of a layer is None: the plain average of all batches knows no order of groups.
     """
     norms = [module for module in network.modules() if isinstance(module, GroupedBatchNorm)]
+    if any(norm.momentum is None for norm in norms):
+        raise ValueError("BatchNorm groups need a momentum, but that of a layer is None; give it a number in [0, 1]")
     for norm in norms:
         norm.group_momenta = _momenta(cast(float, norm.momentum), num_groups, turn, num_turns)
     try:
@@ -265,7 +276,8 @@ def _momenta(momentum: float, num_groups: int, turn: int, num_turns: int) -> lis
             weight = momentum * (1 - momentum) ** later
             total += weight
             if place == turn:
-                shares.append(weight / total)
+                # At momentum 1 nothing is left of all but the last, whatever share they had.
+                shares.append(weight / total if total else 1.0)
     return shares
 
 

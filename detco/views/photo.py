@@ -12,9 +12,10 @@ Shape legend:
     S     side of a resized crop, in pixels
 
 Departure from decoding in full, which all published recipes do: where the photo is reduced, the edges of a crop lie on
-whole pixels of the reduced image, so they move by half a pixel of the finished crop at most; and its pixels have been
-averaged over blocks before they are resized. On real photos the second changes a crop by one grey level (of 255) in the
-mean, both together by three. A crop is never reduced below the size it is resized to.
+whole pixels of the reduced image, so they move by half a pixel of the finished crop at most (by one more where EXIF
+mirrors a photo whose sides the reduction does not divide); and its pixels have been averaged over blocks before they
+are resized. On real photos the second changes a crop by one grey level (of 255) in the mean, both together by three. A
+crop is never reduced below the size it is resized to.
 """
 
 import io
@@ -232,7 +233,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("P", "PA"):
         # By way of RGBA: the direct conversion mistreats palettes with several transparent entries.
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _orientation(image: Image.Image) -> int:

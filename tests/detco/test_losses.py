@@ -19,13 +19,15 @@ def explicit_logits(query, positive, negatives):
     return torch.cat([(query * positive).sum(1, keepdim=True), query @ negatives], dim=1) / TEMPERATURE
 
 
-def test_info_nce_equals_the_cross_entropy_of_explicit_logits_in_value_and_gradient():
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 0.001])
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_info_nce_equals_the_cross_entropy_of_explicit_logits_in_value_and_gradient(num_images, temperature):
     torch.manual_seed(0)
-    query, positive, negatives = unit(5, 8).requires_grad_(), unit(5, 8), unit(8, 31, dim=0)
+    query, positive, negatives = unit(num_images, 8).requires_grad_(), unit(num_images, 8), unit(8, 31, dim=0)
 
-    ours = info_nce(query, positive, negatives, TEMPERATURE).loss
-    logits = explicit_logits(query, positive, negatives)
-    theirs = F.cross_entropy(logits, torch.zeros(5, dtype=torch.int64))
+    ours = info_nce(query, positive, negatives, temperature).loss
+    logits = explicit_logits(query, positive, negatives) * (TEMPERATURE / temperature)
+    theirs = F.cross_entropy(logits, torch.zeros(num_images, dtype=torch.int64))
 
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(loss, query)[0] for loss in (ours, theirs)))
@@ -52,6 +54,24 @@ def test_negatives_may_change_before_the_backward_pass():
     loss = info_nce(query, positive, negatives, TEMPERATURE).loss
     negatives.zero_()
     assert torch.equal(torch.autograd.grad(loss, query)[0], expected)
+
+
+def test_gradients_that_it_does_not_have_are_refused_and_not_left_out():
+    query, positive, negatives = unit(5, 8).requires_grad_(), unit(5, 8), unit(8, 31, dim=0)
+    with pytest.raises(ValueError, match="no gradient for its negatives"):
+        info_nce(query, positive, negatives.clone().requires_grad_(), TEMPERATURE)
+    loss = info_nce(query, positive, negatives, TEMPERATURE).loss
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_one_loss_may_be_used_and_differentiated_twice():
+    torch.manual_seed(5)
+    query, positive, negatives = unit(5, 8).requires_grad_(), unit(5, 8), unit(8, 31, dim=0)
+    loss = info_nce(query, positive, negatives, TEMPERATURE).loss
+    (once,) = torch.autograd.grad(loss, query, retain_graph=True)
+    (twice,) = torch.autograd.grad(loss * 2 + loss.square(), query)
+    torch.testing.assert_close(twice, once * (2 + 2 * loss))
 
 
 def test_top1_counts_the_images_whose_positive_beats_every_negative():

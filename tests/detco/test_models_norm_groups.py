@@ -154,6 +154,38 @@ def test_momentum_of_precise_bn_takes_the_last_batch_alone():
     torch.testing.assert_close(norm.running_mean, make_images().mean(dim=(0, 2, 3)))
 
 
+def test_momentum_one_leaves_the_last_group_of_the_last_pass():
+    norm = make_norm()
+    norm.momentum = 1.0
+    for turn in range(2):
+        with batch_norm_groups(norm, GROUPS, turn=turn, num_turns=2):
+            norm(make_images(turn))
+    torch.testing.assert_close(norm.running_mean, make_images(1)[4:].mean(dim=(0, 2, 3)))
+
+
+def test_groups_without_a_momentum_are_refused_and_the_layer_is_plain_batch_norm_without_groups():
+    norm = make_norm()
+    norm.momentum = None
+    with pytest.raises(ValueError, match="need a momentum"), batch_norm_groups(norm, GROUPS):
+        pass
+    norm(make_images())
+    torch.testing.assert_close(norm.running_mean, make_images().mean(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_may_be_one_image_but_not_one_value(way):
+    norm = make_norm()
+    oracle, run = plain_twin(norm), way(norm)
+    with batch_norm_groups(norm, 6):
+        output = run(make_images())
+    torch.testing.assert_close(output, torch.cat([oracle(image) for image in make_images().split(1)]))
+    torch.testing.assert_close(norm.state_dict(), oracle.state_dict())
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"one value per channel, which has no variance"), batch_norm_groups(norm, 6):
+        run(make_images(side=1))
+    torch.testing.assert_close(norm.state_dict(), oracle.state_dict())
+
+
 def test_images_that_do_not_split_into_groups_of_one_size_are_refused():
     norm = make_norm()
     with pytest.raises(ValueError, match="7 images do not split into 3 BatchNorm groups"), batch_norm_groups(norm, 3):

@@ -163,6 +163,9 @@ def interrupted_and_whole(rank: int, world_size: int, folder: str, photos: str) 
         finally:
             patch.undo()
 
+    unlike = load_config(None, [*words, "SEED", str(rank), "OUTPUT_DIR", str(Path(folder) / "refused")])
+    with pytest.raises(RefusalError, match="started with different configs"):
+        pretrain(world_of(rank, world_size), unlike, False, False)
     return [run("whole", False, ""), run("cut", False, "15@0.25"), run("cut", True, "")]
 
 

@@ -1,6 +1,7 @@
 """`tools/benchmark_gpu.sh`: no part takes the others with it, and the table comes last. A script stands for Python."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,38 @@ def test_only_what_is_missing_is_installed_and_never_torch(run_script, tmp_path)
     wheels.mkdir()
     for name in ("torch", "torchvision", "nvidia_nccl_cu13", "triton", "installed_one", "missing_one"):
         (wheels / f"{name}-1.0-py3-none-any.whl").touch()
-    _, _, commands = run_script(wheels, PARTS="none")
+    printed, _, commands = run_script(wheels, PARTS="views", TOTAL_S="1040")
+    assert "views, at most 120 s" in printed, "twice the time for all is twice the time for each"
     (pip,) = [command for command in commands if "-m pip install" in command]
     assert pip.endswith("missing_one-1.0-py3-none-any.whl")
     assert "--no-index --no-deps" in pip
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "reason"),
+    [
+        (["--smal"], {}, "there is no option --smal"),
+        (["a", "b", "c"], {}, "more words than RESULTS and WHEELS: a b c"),
+        (["{out}", "{out}/wheels"], {}, "there is no folder .*wheels of wheels"),
+        (["{out}"], {"PARTS": "detco steps"}, "PARTS has steps, which is none of: tests detco"),
+        (["{out}"], {"TOTAL_S": "9m"}, "TOTAL_S is 9m"),
+        (["{out}"], {"PYTHON": "no_such_python"}, "there is no program no_such_python: set PYTHON"),
+    ],
+)
+def test_wrong_words_are_refused_before_any_work(words, environment, reason, tmp_path):
+    words = [word.format(out=tmp_path / "out") for word in words]
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: .*{reason}.*--help\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_tells_all_parts_and_variables(tmp_path):
+    done = subprocess.run(["bash", SCRIPT, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert all(word in done.stdout for word in ("--small", "RESULTS", "WHEELS", "PYTHON", "PARTS", "TOTAL_S"))
+    assert "set -u" not in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_is_bash_without_mistakes():

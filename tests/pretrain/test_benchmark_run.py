@@ -161,6 +161,7 @@ def started(load, tmp_path, monkeypatch):
     """`started(code, *words)`: `start_once` with a stand-in for the package pretrain that runs `code`."""
     start, run = load("benchmark_start"), load("benchmark_run")
     (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/__init__.py").touch()  # without, a real package anywhere on PYTHONPATH would come first
     (tmp_path / "images.txt").touch()
     monkeypatch.setattr(start, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)

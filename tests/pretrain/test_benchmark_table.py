@@ -75,6 +75,19 @@ def test_what_was_not_measured_says_why(tool):
         assert row(tool, [], what=what, method=method, troubles=troubles)[2] == f"not measured: {expected}"
 
 
+def test_a_gpu_machine_on_which_everything_failed_is_not_told_to_get_a_gpu(tool):
+    troubles = {"step": "failed with exit code 1"}
+    reason = row(tool, [], what="S1 step / its bound, GPU", method="detco", troubles=troubles)[2]
+    assert reason == "not measured: step failed with exit code 1"
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_measurements(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "measure_all", lambda names, troubles: pytest.fail("has measured"))
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--json", str(tmp_path / "nowhere" / "bench.jsonl")])
+    assert "bench.jsonl: No such file or directory" in capsys.readouterr().err
+
+
 def test_every_bar_of_the_scripts_has_a_row(tool, load_tool, figure):
     views, step, rates, start = map(
         load_tool, ("benchmark_views", "benchmark_step", "benchmark_rates", "benchmark_start")

@@ -105,6 +105,18 @@ def test_tars_beside_images_are_passed_over_with_a_warning(tmp_path: Path, caplo
     assert "1 .tar file(s) beside the images are passed over" in caplog.text
 
 
+def test_a_shard_or_its_index_in_place_of_their_folder_is_told_so(tmp_path: Path) -> None:
+    for name in ("shard-000000.tar", "image_index.npz"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"name the folder that it lies in, {tmp_path}$"):
+            list_images(tmp_path / name)
+
+
+def test_an_address_that_is_not_of_the_web_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"s3://bucket/images is an address, of which only http:// and https://"):
+        list_images("s3://bucket/images")
+
+
 def test_missing_empty_and_odd_roots_are_refused(tmp_path: Path) -> None:
     make_files(tmp_path, "a.jpg")
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,15 +123,26 @@ def test_damaged_and_missing_shards_are_made_again(
 def test_folder_of_other_shards_is_refused(photo_dir: Path, tmp_path: Path, tool: ModuleType) -> None:
     out = tmp_path / "out"
     pack(list_images(photo_dir), out, 5)
-    with pytest.raises(ValueError, match=r'holds shards of other images, or of another size: .*"images_per_shard": 5'):
+    with pytest.raises(ValueError, match=r"of another size: 24 images .* in shards of 5, .* in shards of 6,"):
         pack(list_images(photo_dir), out, 6)
-    (out / "shards.json").write_text("{")
-    with pytest.raises(ValueError, match=r"shards\.json is damaged .*remove .* and start again"):
-        pack(list_images(photo_dir), out, 5)
+    for content in ("{", "[]", "{}", "\xff"):
+        (out / "shards.json").write_text(content, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"shards\.json is damaged .*remove .* and start again"):
+            pack(list_images(photo_dir), out, 5)
     (out / "shards.json").unlink()
     with pytest.raises(ValueError, match=r"image_index\.npz, which was not made here; choose another folder"):
         pack(list_images(photo_dir), out, 5)
     assert tool.main([str(photo_dir), "-o", str(out)]) == 2
+
+
+def test_folder_with_images_is_refused_and_left_alone(photo_dir: Path, tmp_path: Path, tool: ModuleType) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_dir, photos)
+    before = bytes_of(photos)
+    with pytest.raises(ValueError, match=r"photo_000\.jpg, which was not made here; choose another folder"):
+        pack(list_images(photo_dir), photos, 5)
+    assert tool.main([str(photos), "-o", str(photos)]) == 2, "its images would hide those that come later"
+    assert bytes_of(photos) == before
 
 
 def test_image_that_cannot_be_read_is_named_and_what_is_complete_is_kept(

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import config as AUTOGRAD
+from torch._functorch.aot_autograd import make_boxed_func
 
 from detco.methods.moco import MoCoV2
 from detco.methods.soco import SoCoFPN
@@ -21,6 +24,7 @@ from pretrain.launch import RefusalError, World
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 ONE_OF_TWO = World(rank=0, size=2, local_rank=0, device=CPU)
+EAGER_BACKWARD = "force_non_lazy_backward_lowering"  # absent from torch 2.8
 ON_A_GPU = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
 
 
@@ -32,7 +36,10 @@ def broken(graph: Any, examples: Any) -> Any:
 def _settings_are_restored() -> Iterator[None]:
     settings = torch._dynamo.config
     names = ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp", "suppress_errors")
-    with settings.patch({name: getattr(settings, name) for name in names}):
+    with (
+        settings.patch({name: getattr(settings, name) for name in names}),
+        AUTOGRAD.patch({name: getattr(AUTOGRAD, name) for name in [EAGER_BACKWARD] if hasattr(AUTOGRAD, name)}),
+    ):
         yield
     torch._dynamo.reset()
 
@@ -122,6 +129,23 @@ def test_a_graph_that_cannot_be_compiled_is_run_as_it_is_or_ends_the_run(
     compile_trunks(strict, ALONE, falls_back=False)
     with pytest.raises(BackendCompilerFailed):
         strict(views())
+
+
+@pytest.mark.skipif(not hasattr(AUTOGRAD, EAGER_BACKWARD), reason="this torch compiles backward graphs when they run")
+def test_a_backward_graph_that_cannot_be_compiled_does_not_end_the_run_either(
+    narrow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = aot_autograd(fw_compiler=lambda graph, examples: make_boxed_func(graph.forward), bw_compiler=broken)
+    monkeypatch.setattr("pretrain.compile.BACKEND", backend)
+    plain = TwoTrunks()
+    network = copy.deepcopy(plain)
+    compile_trunks(network, ALONE, falls_back=True)
+    for module in (plain, network):
+        module(views()).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
+    torch.testing.assert_close(network.state_dict(), plain.state_dict())
 
 
 def test_a_compiler_is_tried_before_it_is_relied_on(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
