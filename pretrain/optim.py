@@ -75,7 +75,7 @@ def build_optimizer(
 def build_sgd(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> SGD:
     """Build SGD over every parameter that takes a gradient (so not over a teacher's), in one group.
 
-    It is fused: one pass over weights, gradients and momenta, on the CPU to the bits of the unfused one.
+    It is fused: one pass over weights, gradients and momenta.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
