@@ -181,8 +181,10 @@ def test_a_group_may_be_one_image_but_not_one_value(way):
     torch.testing.assert_close(output, torch.cat([oracle(image) for image in make_images().split(1)]))
     torch.testing.assert_close(norm.state_dict(), oracle.state_dict())
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"one value per channel, which has no variance"), batch_norm_groups(norm, 6):
-        run(make_images(side=1))
+    # Not `run`: torch 2.8 hides what an error says within a full graph. A training run asks for no full graphs either.
+    for network in (norm, torch.compile(norm, backend="aot_eager")):
+        with pytest.raises(ValueError, match="one value per channel"), batch_norm_groups(norm, 6):
+            network(make_images(side=1))
     torch.testing.assert_close(norm.state_dict(), oracle.state_dict())
 
 
