@@ -6,6 +6,8 @@
 #
 #   RESULTS  folder for figures.jsonl, table.md, profile.txt and log.txt (default: $OUT, else runs/benchmark_gpu)
 #   WHEELS   folder of wheels; of those, what this Python lacks is put at the end of its path. Never torch
+#            Made where there is a network, by the same version of Python:
+#            python3 -m pip wheel --wheel-dir WHEELS fvcore safetensors tensorboard simplejpeg pytest
 #   --small  the same parts on the CPU, as small as they can be: to try the script
 #   --help   this
 #
